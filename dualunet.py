@@ -10,6 +10,7 @@ instance segmentation", MIDL 2025. Needs torch alone; copy this file anywhere:
 `num_classes` K excludes background everywhere: `logits` has K + 1 channels and channel 0 is background.
 """
 
+import copy
 import math
 import os
 import pickle
@@ -18,6 +19,7 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # published config
 IMAGENET_STD = (0.229, 0.224, 0.225)  # published config
@@ -270,6 +272,56 @@ class DualUNet(nn.Module):
             logits, density = self.segmentation_head(x.float()), self.count_head(y.float())
         return logits[..., :height, :width], density[..., :height, :width]
 
+    def fuse(self):
+        """A frozen copy for inference: equal maps (1e-5 relative in float32) in about 0.7 of the time.
+
+        Autocast works on top of it. Decoders merged into grouped convolutions, so that the encoder's
+        features are read once, were tried: no faster, and slower by far in bf16 with 16 channels.
+        """
+        fused = copy.deepcopy(self).eval()
+        fold_batchnorm(fused)
+        inputs = (self.encoder.channels[-1], *self.config["decoder_channels"])
+        for decoder in (fused.decoder, fused.decoder_count):
+            decoder.blocks = nn.ModuleList(map(FusedBlock, decoder.blocks, inputs))
+        return fused.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------- inference form
+
+
+def fold_batchnorm(module):
+    """Folds every BatchNorm into the convolution before it: bn2 into conv2, 1 into 0 of a Sequential."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            conv = name.replace("bn", "conv") if name.startswith("bn") else str(int(name) - 1)
+            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), child))
+            setattr(module, name, nn.Identity())
+        else:
+            fold_batchnorm(child)
+
+
+class FusedBlock(nn.Module):
+    """A DecoderBlock, its BatchNorm folded, that neither upsamples nor concatenates.
+
+    A 3×3 convolution of an s-fold nearest upsampling is a transposed convolution of stride s, whose
+    kernel (s + 2)² sums the flipped 3×3 at s² offsets: at s = 2, 4 multiplications instead of 9.
+    """
+
+    def __init__(self, block, in_channels):
+        super().__init__()
+        conv, s = block.conv1[0], block.scale
+        flipped = conv.weight[:, :in_channels].flip(2, 3).transpose(0, 1)  # (in, out, 3, 3)
+        shifted = [F.pad(flipped, (x, s - 1 - x, y, s - 1 - y)) for y in range(s) for x in range(s)]
+        self.up_weight = nn.Parameter(sum(shifted))  # (in, out, s + 2, s + 2)
+        self.skip_weight = nn.Parameter(conv.weight[:, in_channels:].clone())
+        self.bias, self.conv2, self.scale = conv.bias, block.conv2, s
+
+    def forward(self, x, skip=None):
+        x = F.conv_transpose2d(x, self.up_weight, self.bias, self.scale, padding=1)
+        if skip is not None:
+            x += F.conv2d(skip, self.skip_weight, padding=1)
+        return self.conv2(F.relu_(x))
+
 
 # ---------------------------------------------------------------- loss
 
@@ -369,7 +421,7 @@ def class_colors(class_names):
         if published.keys() >= set(class_names):
             return [published[name] for name in class_names]
     hues = [math.tau * (k + 0.35) / len(class_names) for k in range(len(class_names))]  # one class: green
-    return [tuple(round(127 + 128 * math.cos(hue - c * math.tau / 3)) for c in range(3)) for hue in hues]
+    return [tuple(round(127.5 + 127.5 * math.cos(hue - c * math.tau / 3)) for c in range(3)) for hue in hues]
 
 
 def recognise(path, state):

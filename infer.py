@@ -13,6 +13,7 @@ Needs dualunet.py, postprocess.py and data.py beside it.
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from data import IMAGE_SUFFIXES, MAX_PIXELS, read_image
-from dualunet import load_model
+from dualunet import class_colors, load_model, save_checkpoint
 from postprocess import Nuclei, contours, measure, reconstruct
 
 STRIDE = 32  # the encoders' total stride: windows that start on it are cut into the same cells
@@ -371,6 +372,43 @@ def pick_precision(device):
     return torch.bfloat16 if any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16"))) else None
 
 
+class Journal:
+    """What a folder of outputs holds: run.jsonl has the settings, then a line for each image done.
+
+    A run that was killed goes on where it was, and only with the settings it began with.
+    Raises: ValueError for outputs of other settings, unless they may be overwritten.
+    """
+
+    def __init__(self, folder, settings, overwrite):
+        self.path, self.overwrite, self.done = Path(folder) / "run.jsonl", overwrite, {}
+        if self.path.exists() and not overwrite:
+            first, *lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] or ["{}"]
+            if differing := [k for k, v in settings.items() if json.loads(first).get(k) != v]:
+                raise ValueError(f"{folder}: holds outputs of another {', '.join(differing)}; choose another --out, "
+                                 "or replace them with --overwrite")
+            self.done = dict(map(json.loads, lines))
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+    def covers(self, path, stem, formats):
+        """Whether the image was done before. Raises: ValueError where its outputs are another image's."""
+        outputs = [self.path.with_name(stem + FORMATS[name][0]) for name in formats]
+        source = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        if not self.overwrite and stem in self.done and self.done[stem] != source:
+            raise ValueError(f"{path}: {outputs[0]} is of {self.done[stem][0]}, or of an earlier state of this file; "
+                             "choose another --out, or replace it with --overwrite")
+        if self.done.get(stem) == source and all(output.exists() for output in outputs):
+            return True
+        self.pending = json.dumps([stem, source]) + "\n"
+        return False
+
+    def add(self):
+        """Notes that the image last asked for is done."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(self.pending)
+
+
 def explain(error, path):
     """One sentence about a failure at `path`."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
@@ -390,10 +428,15 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description="Finds, outlines and classifies the nuclei in H&E images.")
     option = parser.add_argument
-    option("images", nargs="+", help="image files, or folders of them")
-    option("--checkpoint", default=CHECKPOINT, help="weights (default: the repository's own)")
+    option("images", nargs="*", help="image files, or folders of them")
+    option("--checkpoint", default=CHECKPOINT, help="ours or the authors' (default: weights/consep.pt)")
+    option("--classes", help="names of the classes, with commas, where the checkpoint has none")
+    option("--export", metavar="FILE", help="write the checkpoint in our format, half precision, and stop")
     option("--out", default="predictions", type=Path, help="where to write (default: predictions)")
+    option("--overwrite", action="store_true", help="replace outputs of other settings or images")
     option("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest here)")
+    option("--precision", default="auto", choices=("auto", "bf16", "fp32"),
+           help="of the network's body (default: bf16 where the processor computes in it)")
     option("--tile", type=int, default=TILE, help="side of a tile's core, a multiple of 32: larger "
            f"wastes less on the halo, smaller needs less memory (default: {TILE})")
     option("--halo", type=int, default=HALO, help="margin read around a core, a multiple of 32: at "
@@ -407,32 +450,63 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
+def prepare(args):
+    """The model on its device and the dtype to compute in. Raises: ValueError, OSError for a wrong call."""
+    check_tiling(args.tile, args.halo, args.batch)
+    if args.mpp is not None and not 0 < args.mpp < math.inf:
+        raise ValueError(f"--mpp is {args.mpp}; expected µm per pixel, about 0.25 at 40x")
+    device = pick_device(args.device)
+    model = load_model(args.checkpoint, device)
+    if args.classes:
+        names = args.classes.split(",")
+        if len(names) != model.config["num_classes"]:
+            raise ValueError(f"--classes has {len(names)} names; {args.checkpoint} has "
+                             f"{model.config['num_classes']} classes")
+        model.config |= {"class_names": names, "colors": class_colors(names)}
+    if args.mpp is not None:
+        model.config["mpp"] = args.mpp
+    dtype = {"auto": pick_precision(device), "bf16": torch.bfloat16, "fp32": None}[args.precision]
+    return model, dtype
+
+
 def main(argv=None):
     """Runs the command; returns 0, 1 when an image failed, or 2 when the call makes no sense."""
     args = parse_arguments(argv)
     try:
-        check_tiling(args.tile, args.halo, args.batch)
-        if args.mpp is not None and not 0 < args.mpp < math.inf:
-            raise ValueError(f"--mpp is {args.mpp}; expected µm per pixel, about 0.25 at 40x")
+        model, dtype = prepare(args)
+        config = model.config
+        if args.export:
+            save_checkpoint(args.export, model, half=True)
+            print(f"wrote {args.export}: {config['encoder']}, {', '.join(config['class_names'])}")
+            return 0
+        if not args.images:
+            raise ValueError("no image named; expected python infer.py image.png")
         images = find_images(args.images, args.out)
-        model = load_model(args.checkpoint, pick_device(args.device))
-        args.out.mkdir(parents=True, exist_ok=True)
+        journal = Journal(args.out, {
+            "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(), "classes": config["class_names"], "mpp": config["mpp"],
+            "tile": args.tile, "halo": args.halo, "precision": str(dtype), "formats": args.formats,
+        }, args.overwrite)
     except (ValueError, OSError) as error:
         print(f"error: {explain(error, '')}", file=sys.stderr)
         return 2
 
-    config = model.config
-    names, colors, mpp = config["class_names"], config["colors"], args.mpp or config["mpp"]
-    counts, pixels, failed, start = np.zeros(len(names), int), 0, 0, time.perf_counter()
+    names, colors = config["class_names"], config["colors"]
+    if config["combine"] == "sum":
+        print("density trained as a normalised sum: peaks are found by prominence, h = 0.15")
+    counts, pixels, failed, before, start = np.zeros(len(names), int), 0, 0, 0, time.perf_counter()
     for number, (path, stem) in enumerate(images.items(), 1):
         try:
+            if journal.covers(path, stem, args.formats):
+                before += 1
+                continue
             image = read_image(path, args.max_pixels)
-            nuclei = predict(model, image, tile=args.tile, halo=args.halo, batch=args.batch,
+            nuclei = predict(model, image, tile=args.tile, halo=args.halo, batch=args.batch, dtype=dtype,
                              progress=lambda done, tiles: show_progress(
                                  f"{path} ({number} of {len(images)}): {done} of {tiles} tiles"))
             name = path.name.encode(errors="replace").decode()  # a name need not be valid text
-            result = Result(name, image, nuclei, names, colors, mpp)
+            result = Result(name, image, nuclei, names, colors, config["mpp"])
             write_outputs(args.out, stem, result, args.formats)
+            journal.add()
         except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             show_progress("")
             print(f"error: {explain(error, path)}", file=sys.stderr)
@@ -442,9 +516,10 @@ def main(argv=None):
             pixels += nuclei.inst_map.size
     show_progress("")
     classes = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts))
-    print(f"{counts.sum():,} nuclei ({classes}) in {len(images) - failed} of {len(images)} images, "
-          f"{failed} failed; {pixels / 1e6:.2f} megapixels in {time.perf_counter() - start:.1f} s; "
-          f"written to {args.out}; licence of the weights: {config['licence'] or 'not stated'}")
+    print(f"{counts.sum():,} nuclei ({classes}) in {len(images) - failed - before} of {len(images)} images, "
+          f"{failed} failed, {before} done before; {pixels / 1e6:.2f} megapixels in "
+          f"{time.perf_counter() - start:.1f} s; written to {args.out}; "
+          f"licence of the weights: {config['licence'] or 'not stated'}")
     return 1 if failed else 0
 
 

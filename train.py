@@ -295,7 +295,7 @@ def build_model(options, class_names):
 
 
 def train(options):
-    """The whole training; returns the last epoch's figures.
+    """The whole training, from data to pictures.
 
     Nothing random is drawn but through (seed, number of the crop), so a resumed run needs no random state.
     """
@@ -406,8 +406,8 @@ def train(options):
             dist.barrier()
     if world > 1:
         dist.destroy_process_group()
-    print(f"best.pt, last.pt, log.jsonl, curves.png and preview.png are in {out}")
-    return state["records"][-1]
+    if rank == 0:
+        print(f"best.pt, last.pt, log.jsonl, curves.png and preview.png are in {out}")
 
 
 # ---------------------------------------------------------------- main

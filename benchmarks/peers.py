@@ -25,12 +25,6 @@ def conv(channels, out_channels, kernel, *, stride=1, padding=0, groups=1):
     return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), weights)
 
 
-def crop(x, like):
-    """The centre of x, as large as `like`."""
-    y0, x0 = ((a - b) // 2 for a, b in zip(x.shape[-2:], like.shape[-2:]))
-    return x[..., y0:y0 + like.shape[-2], x0:x0 + like.shape[-1]]
-
-
 class Residual(nn.Module):
     """Bottleneck: 1×1, 3×3 with the stride, 1×1 to four times the width."""
 
@@ -54,11 +48,11 @@ class Dense(nn.Module):
         self.body = nn.Sequential(conv(channels, 128, 1), conv(128, 32, 3, groups=4))
 
     def forward(self, x):
-        y = self.body(x)
-        return torch.cat([crop(x, y), y], dim=1)
+        return torch.cat([x[..., 1:-1, 1:-1], self.body(x)], dim=1)
 
 
 def decoder_level(in_channels, channels, units):
+    """3×3 without padding, dense units, 1×1; upsampling comes before."""
     grown = [channels + 32 * unit for unit in range(units + 1)]
     return nn.Sequential(nn.Conv2d(in_channels, channels, 3, bias=False),
                          *map(Dense, grown[:-1]), conv(grown[-1], grown[-1], 1))
@@ -94,7 +88,8 @@ class HoVerNet(nn.Module):
             x = bottom
             for level, skip in zip(levels, skips[-2::-1]):
                 x = F.interpolate(x, scale_factor=2, mode="nearest")
-                x = level(x + crop(skip, x))
+                margin = (x.shape[-1] - skip.shape[-1]) // 2  # negative: the skip's centre is taken
+                x = level(x + F.pad(skip, 4 * (margin,)))
             maps.append(head(x))
         return maps
 

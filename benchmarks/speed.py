@@ -9,7 +9,6 @@ are divided. Only a GPU, which is named, gets absolute figures. `area` needs Lin
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import io
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules are 
 
 import infer
 import peers
-from data import centroids_of, density_map, synthetic_tissue
+from data import SYNTHETIC_CLASSES, centroids_of, density_map, synthetic_tissue
 from dualunet import DualUNet, load_model, save_checkpoint
 from metrics import compare
 from postprocess import find_peaks, prominent_peaks, reconstruct, watershed
@@ -44,13 +43,13 @@ SHIPPED = {"num_classes": 4, "encoder": "resnet18", "decoder_channels": (128, 64
 
 
 class Row(NamedTuple):
-    """A line of the table: `what` takes `ratio` times as long as `base`, at most `goal`."""
+    """A line of the table: `what` takes `ratio` times as long as `base`, and should at most `goal`."""
 
     what: str
     base: str
     ratio: float
-    goal: float | None = None
-    note: str = ""
+    goal: float | None
+    note: str
 
 
 def take_turns(cases, repeats):
@@ -89,35 +88,37 @@ def arithmetic(model, images):
 
 def network(args):
     """Forms of the network on one tile, and HoVer-Net's three decoders for as much output."""
-    device, bf16 = args.device, infer.pick_precision(args.device)
-    images = torch.rand(1, 3, *(2 * [64 if args.quick else 1024]), device=device)
-    small = torch.rand(1, 3, *(2 * [128 if args.quick else 256]), device=device)
-    cases, notes, eager = {}, {}, "eager fp32"
+    device, bf16, eager = args.device, infer.pick_precision(args.device), "eager fp32"
+    tile, small = (torch.rand(1, 3, side, side, device=device)
+                   for side in ((64, 128) if args.quick else (1024, 256)))
+    cases, notes = {}, {}
     for name, config in {"ResNeXt50": RESNEXT50, "shipped ResNet18": SHIPPED}.items():
         model = DualUNet(**config).to(device).eval()
-        fused, last = copy.deepcopy(model).fuse(), copy.deepcopy(model).to(memory_format=torch.channels_last)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        fused = copy.deepcopy(model).fuse()
         forms = {eager: (model,), "channels-last fp32": (last,), "fused fp32": (fused,)}
         if bf16:
-            forms |= {"channels-last bf16": (last, bf16), "fused bf16": (copy.deepcopy(model).fuse(bf16),)}
+            forms["channels-last bf16"] = last, bf16
+            forms["fused bf16"] = (copy.deepcopy(model).fuse(bf16),)
         if args.compile:
             forms["compiled fp32"] = (torch.compile(fused),)
-        expected = torch.cat(run(model, images), dim=1)
+        expected = torch.cat(run(model, tile), dim=1)
         for form, (variant, *dtype) in forms.items():
-            case = cases[name, form] = partial(run, variant, images, *dtype)
+            cases[name, form] = case = partial(run, variant, tile, *dtype)
             error = (torch.cat(case(), dim=1) - expected).abs().max() / expected.abs().max()
             notes[name, form] = f"outputs differ by {error:.0e}"
-        notes[name, eager] = arithmetic(model, images)
+        notes[name, eager] = arithmetic(model, tile)
 
     three, hovernet = ("HoVer-Net fast", eager), peers.HoVerNet().to(device).eval()
     cases[three], notes[three] = partial(run, hovernet, small), arithmetic(hovernet, small)
     seconds = take_turns(cases, args.repeats)
-    seconds[three] *= images[0, 0].numel() / run(hovernet, small)[0][0, 0].numel()
+    seconds[three] *= tile[0, 0].numel() / run(hovernet, small)[0][0, 0].numel()
     goals = {("ResNeXt50", "fused fp32"): 0.72, ("ResNeXt50", "fused bf16"): 0.4}
     for (name, form), note in notes.items():
-        base = (name if form != eager else "ResNeXt50"), eager
-        ratio = seconds[name, form] / seconds[base]
+        base = "ResNeXt50" if form == eager else name, eager
         if device.type == "cuda":
-            note += f", {images[0, 0].numel() / 1e6 / seconds[name, form]:.1f} Mpx/s"
+            note += f", {tile[0, 0].numel() / 1e6 / seconds[name, form]:.1f} Mpx/s"
+        ratio = seconds[name, form] / seconds[base]
         yield Row(f"{name}, {form}", ", ".join(base), ratio, goals.get((name, form)), note)
 
 
@@ -134,17 +135,16 @@ def crowded_maps(side):
 
 
 def disturb(type_map, *densities):
-    """The maps as a network might give them: ragged outlines, stray classes, uneven noisy peaks."""
-    rng, shape = np.random.default_rng(0), type_map.shape
+    """The maps as a network might give them: ragged outlines, uneven and noisy peaks."""
+    rng = np.random.default_rng(0)
 
     def noise(scale):  # of unit variance
-        field = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), scale)
+        field = ndimage.gaussian_filter(rng.standard_normal(type_map.shape, np.float32), scale)
         return field / field.std()
 
     mask = ndimage.gaussian_filter(np.float32(type_map > 0), 1) + 0.15 * noise(2) > 0.5
-    stray, gain, error = rng.random(shape) < 0.1, 0.75 + 0.1 * noise(12), 0.02 * noise(1.5)
-    types = np.where(stray | (type_map == 0), rng.integers(1, 5, shape), type_map)
-    return np.uint8(types * mask), *(density * gain + error for density in densities)
+    gain, error = 0.75 + 0.1 * noise(12), 0.02 * noise(1.5)
+    return type_map.clip(1) * mask, *(density * gain + error for density in densities)
 
 
 def reconstruction(args):
@@ -165,22 +165,22 @@ def reconstruction(args):
     for kind, (types, unit, summed) in (("perfect", perfect), ("noisy", disturb(*perfect))):
         points, markers = find_peaks(unit), np.zeros(inst_map.shape, np.int32)
         markers[tuple(points.T)] = np.arange(1, len(points) + 1)
-        cases = {  # what -> its base, its goal, what to tell of its answer, the call
-            recipe: (recipe, None, found, partial(peers.published_nuclei, types, summed)),
-            f"{recipe} without its loop": (
-                recipe, None, found, partial(peers.published_instances, types, summed)),
-            "reconstruct": (recipe, 0.03, found, partial(reconstruct, types, unit)),
+        cases = {  # what -> its base, what to tell of its answer, the call
+            recipe: (recipe, found, partial(peers.published_nuclei, types, summed)),
+            "the same without its loop": (
+                recipe, found, partial(peers.published_instances, types, summed)),
+            "reconstruct": (recipe, found, partial(reconstruct, types, unit)),
             'reconstruct, combine="sum"': (
-                recipe, None, found, partial(reconstruct, types, summed, combine="sum")),
-            maxima: (recipe, None, peaks, partial(peers.published_markers, summed)),
-            "prominent_peaks": (maxima, None, peaks, partial(prominent_peaks, summed)),
-            flood: (recipe, None, found, partial(peers.watershed, -unit, markers, mask=types > 0)),
-            "watershed": (flood, None, found, partial(watershed, -unit, markers, types > 0)),
+                recipe, found, partial(reconstruct, types, summed, combine="sum")),
+            maxima: (recipe, peaks, partial(peers.published_markers, summed)),
+            "prominent_peaks": (maxima, peaks, partial(prominent_peaks, summed)),
+            flood: (recipe, found, partial(peers.watershed, -unit, markers, mask=types > 0)),
+            "watershed": (flood, found, partial(watershed, -unit, markers, types > 0)),
         }
-        seconds = take_turns({what: case for what, (*_, case) in cases.items()}, args.repeats)
-        for what, (base, goal, tell, case) in cases.items():
-            ratio = seconds[what] / seconds[base]
-            yield Row(f"{what}, {kind} maps", base, ratio, goal, tell(case()))
+        seconds = take_turns({what: call for what, (*_, call) in cases.items()}, args.repeats)
+        for what, (base, tell, call) in cases.items():
+            goal = 0.03 if what == "reconstruct" else None
+            yield Row(f"{what}, {kind} maps", base, seconds[what] / seconds[base], goal, tell(call()))
 
 
 # ---------------------------------------------------------------- whole
@@ -203,34 +203,34 @@ def whole(args):
     model, halo = load_fast(args.checkpoint, args.device), infer.HALO
     image = Repeated(synthetic_tissue(8, tile)[0], side)
     window = infer.read_window(image, -halo, -halo, tile + halo, tile + halo)[None]
-    maps = [values[0, ..., halo:-halo, halo:-halo] for values in infer.predict_maps(model, window)]
+    types, probability, density = (
+        maps[0, ..., halo:-halo, halo:-halo] for maps in infer.predict_maps(model, window))
     resnext = DualUNet(**RESNEXT50).to(args.device).eval()
-    pixels = torch.rand(1, 3, tile, tile, device=args.device)
     cases = {
+        "ResNeXt50": partial(run, resnext, torch.rand(1, 3, tile, tile, device=args.device)),
         "load": partial(load_fast, args.checkpoint, args.device),
-        "ResNeXt50": partial(run, resnext, pixels),
         "network": partial(infer.predict_maps, model, window),
-        "reconstruct": partial(reconstruct, maps[0], maps[2], class_probability=maps[1]),
+        "reconstruct": partial(reconstruct, types, density, class_probability=probability),
     }
     for name, length in (("tile", tile), ("whole", side)):
         path = f"{args.folder}/{name}.png"
         Image.fromarray(image[0:length, 0:length]).save(path)
-        command = [path, "--checkpoint", str(args.checkpoint), "--device", str(args.device)]
-        cases[name] = partial(infer.main, [*command, "--out", args.folder])
+        cases[name] = partial(infer.main, [path, "--checkpoint", str(args.checkpoint),
+                                           "--device", str(args.device), "--out", args.folder])
     with contextlib.redirect_stdout(io.StringIO()):
         seconds = take_turns(cases, args.repeats)
 
-    tiles, name = (side / tile) ** 2, f"infer.py, {side} x {side} pixels, after loading"
-    seconds["whole"] -= seconds["load"]
-    speed = side**2 / 1e6 / seconds["whole"]
-    note = f"weights: {args.checkpoint.name}"
+    tiles, note = (side // tile) ** 2, f"weights: {args.checkpoint.name}"
+    after = {name: seconds[name] - seconds["load"] for name in ("tile", "whole")}
     if args.device.type == "cuda":
-        note += f", {speed:.1f} Mpx/s, {100 * 80 / 3 / speed / 3.6:.2f} h for 100,000 x 80,000, a third tissue"
-    yield Row(name, f"ResNeXt50 network alone, {tiles:.0f} tiles, no halo",
-              seconds["whole"] / seconds["ResNeXt50"] / tiles, 0.25, note)
-    yield Row("its network, halo included", name, seconds["network"] * tiles / seconds["whole"])
-    yield Row(f"infer.py, {tile} x {tile} pixels, after loading", "network with halo, reconstruction",
-              (seconds["tile"] - seconds["load"]) / (seconds["network"] + seconds["reconstruct"]), 1.25)
+        speed = side**2 / 1e6 / after["whole"]
+        note += f", {speed:.1f} Mpx/s, {2667 / speed / 3600:.2f} h for 100,000 x 80,000, 1/3 tissue"
+    name = f"infer.py after loading, {side} x {side} pixels"
+    yield Row(name, f"ResNeXt50 network alone, {tiles} tiles without halo",
+              after["whole"] / seconds["ResNeXt50"] / tiles, 0.25, note)
+    yield Row("its network", name, seconds["network"] * tiles / after["whole"], None, "with halo")
+    yield Row(f"infer.py after loading, {tile} x {tile} pixels", "its network and reconstruction",
+              after["tile"] / (seconds["network"] + seconds["reconstruct"]), 1.25, "with halo")
 
 
 # ---------------------------------------------------------------- area
@@ -246,57 +246,58 @@ def cost(job, side, checkpoint):
     tile, seconds = min(side, 1024), []
     if job == "reconstruct":
         _, types, unit, _ = crowded_maps(tile)
-        call = partial(reconstruct, *(Repeated(m, side)[0:side, 0:side] for m in (types, unit)))
+        types, unit = (Repeated(values, side)[0:side, 0:side] for values in (types, unit))
     else:
         model = load_fast(checkpoint, torch.device("cpu"))
         image = Repeated(synthetic_tissue(8, tile)[0], side)
-        call = partial(collections.deque, infer.predict_tiles(model, image), maxlen=0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     held = memory("VmRSS")
-    for _ in range(max(1, 4096 // side)):
+    for _ in range(max(1, 4096 // side)):  # small areas need a median
         start = time.perf_counter()
-        call()
+        if job == "reconstruct":
+            reconstruct(types, unit)
+        else:
+            for _ in infer.predict_tiles(model, image):
+                pass  # a slide's nuclei are written as they come
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), memory("VmHWM") - held
 
 
 def plot(path, curves):
-    """PNG of {name: [(Mpx, relative seconds a megapixel, MB), ...]}, each area 4 times the last."""
+    """PNG of {name: [(Mpx, seconds a megapixel over those of 1 Mpx, MB), ...]}."""
     canvas = Image.new("RGB", (1100, 400), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for panel, title in enumerate(("time a megapixel, relative", "peak memory, MB")):
-        left, top, width, height = 70 + 540 * panel, 50, 440, 290
-        highest = 1.1 * max(point[1 + panel] for points in curves.values() for point in points)
-        draw.rectangle((left, top, left + width, top + height), outline="gray")
+    for panel, title in enumerate(("time a megapixel, relative", "peak memory, MB"), 1):
+        left, top, width, height = 540 * panel - 470, 50, 440, 290
+        highest = 1.1 * max(point[panel] for points in curves.values() for point in points)
         draw.text((left, 20), f"{title}, against megapixels", "black", font)
+        draw.rectangle((left, top, left + width, top + height), outline="gray")
         for tick in range(5):
-            y = top + height * (1 - tick / 4)
-            draw.text((left - 8, y), f"{highest * tick / 4:.3g}", "black", font, anchor="rm")
+            at = left - 8, top + height * (1 - tick / 4)
+            draw.text(at, f"{highest * tick / 4:.2g}", "black", font, anchor="rm")
         for row, (name, points) in enumerate(curves.items()):
             color = ("crimson", "royalblue")[row]
             draw.text((left + 12, top + 10 + 22 * row), name, color, font)
-            corners = [(left + width * i / (len(points) - 1), top + height * (1 - p[1 + panel] / highest))
-                       for i, p in enumerate(points)]
-            draw.line(corners, color, 3)
-            for (x, _), point in zip(corners, points):
+            xs = np.linspace(left, left + width, len(points))  # areas quadruple: a log axis
+            ys = [top + height * (1 - point[panel] / highest) for point in points]
+            draw.line(list(zip(xs, ys)), color, 3)
+            for x, point in zip(xs, points):
                 draw.text((x, top + height + 8), f"{point[0]:g}", "black", font, anchor="mt")
     canvas.save(path)
 
 
 def area(args):
-    """Time and memory against area: reconstruction in one call, and all of it tile by tile."""
+    """Time and memory against area: reconstruction in one call, and the whole by tiles."""
     sides, first = ((128, 256), 256) if args.quick else ((512, 1024, 2048, 4096, 8192), 1024)
-    jobs = "reconstruct", "predict_tiles"
-    tasks = [(job, side, args.checkpoint) for side in sides for job in jobs]
+    tasks = [(job, side, args.checkpoint) for job in ("reconstruct", "predict_tiles") for side in sides]
     with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
         costs = dict(zip(tasks, pool.starmap(cost, tasks, chunksize=1)))
-    curves = {job: [] for job in jobs}
-    for (job, side, _), (seconds, megabytes) in costs.items():
-        megapixels = side**2 / 2**20
-        ratio = seconds / costs[job, first, args.checkpoint][0]
-        curves[job].append((megapixels, ratio * (first / side) ** 2, megabytes))
+    curves = {}
+    for (job, side, checkpoint), (seconds, megabytes) in costs.items():
+        size, ratio = side**2 / 2**20, seconds / costs[job, first, checkpoint][0]
+        curves.setdefault(job, []).append((size, ratio * (first / side) ** 2, megabytes))
         goal = 70 if (job, side) == ("reconstruct", 8192) else None
-        yield Row(f"{job}, {megapixels:g} Mpx", f"{first**2 / 2**20:g} Mpx", ratio, goal, f"{megabytes:,.0f} MB")
+        yield Row(f"{job}, {size:g} Mpx", f"{first**2 / 2**20:g} Mpx", ratio, goal, f"{megabytes:,.0f} MB")
     plot(args.out.with_suffix(".png"), curves)
 
 
@@ -305,16 +306,21 @@ def area(args):
 SECTIONS = {section.__name__: section for section in (network, reconstruction, whole, area)}
 
 
-def main(argv=None):
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Times DualU-Net beside its peers.")
     option = parser.add_argument
-    option("--quick", action="store_true", help="tiny sizes, one turn: to see that it runs")
+    option("--quick", action="store_true", help="tiny sizes and one turn, to see that all runs")
     option("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
-    option("--device", default="cpu", help="for network and whole; the goals are a CPU's")
-    option("--compile", action="store_true", help="torch.compile too: a minute's wait, a C++ compiler")
-    option("--repeats", type=int, default=5, help="turns; their median counts (default: 5)")
-    option("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="JSON; plot beside it")
-    args = parser.parse_args(argv)
+    option("--device", default="cpu", help="for network and whole (default: cpu, as the goals)")
+    option("--compile", action="store_true", help="torch.compile too; needs a C++ compiler")
+    option("--repeats", type=int, default=5, help="turns, whose median counts (default: 5)")
+    option("--out", type=Path, default=Path(__file__).with_suffix(".json"),
+           help="JSON file, the plot beside it (default: benchmarks/speed.json)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     args.device, args.repeats = infer.pick_device(args.device), 1 if args.quick else args.repeats
     machine = {
         "cpu": torch.cpu.get_capabilities().get("cpu_name"), "cores": os.cpu_count(),
@@ -322,19 +328,20 @@ def main(argv=None):
         "torch": torch.__version__, "bf16": infer.pick_precision(args.device) is not None,
     }
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
-    sections = {}
+    results = {"machine": machine}
     with tempfile.TemporaryDirectory() as args.folder:
         args.checkpoint = infer.CHECKPOINT
         if not args.checkpoint.exists():
-            args.checkpoint = Path(args.folder) / "random.pt"
-            save_checkpoint(args.checkpoint, DualUNet(**SHIPPED))
+            args.checkpoint, model = Path(args.folder) / "random.pt", DualUNet(**SHIPPED)
+            model.config["class_names"] = list(SYNTHETIC_CLASSES)
+            save_checkpoint(args.checkpoint, model)
         for name in args.sections:
             print(f"\n### {name}\n\n| what | ratio | to | goal | |\n|---|---|---|---|---|")
-            sections[name] = []
+            results[name] = []
             for row in SECTIONS[name](args):
-                sections[name].append(row._asdict())
                 print(f"| {row.what} | {row.ratio:.3g} | {row.base} | {row.goal or ''} | {row.note} |")
-    args.out.write_text(json.dumps({"machine": machine, "sections": sections}, indent=1))
+                results[name].append(row._asdict())
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import csv
 import json
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy import ndimage
 from torch import nn
 
 import infer
-from dualunet import DualUNet, save_checkpoint
+from dualunet import DualUNet, load_model, save_checkpoint
 from infer import predict, predict_tiles, read_window
 from postprocess import contours, measure, reconstruct
 
@@ -292,6 +293,10 @@ def run(checkpoint, tmp_path, capsys):
     return command
 
 
+def outputs(folder):
+    return sorted(p.name for p in folder.iterdir() if p.name != "run.jsonl")
+
+
 def picture(path, height=40, width=50):
     path.parent.mkdir(exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
@@ -302,8 +307,7 @@ def picture(path, height=40, width=50):
 def test_command_writes_every_format_and_closes_with_a_summary(run, tmp_path):
     code, out, err = run(picture(tmp_path / "a.png"), "--formats", *infer.FORMATS, "--mpp", "0.5")
     assert code == 0 and err == ""
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        f"a{suffix}" for suffix, _ in infer.FORMATS.values()}
+    assert outputs(tmp_path / "out") == sorted(f"a{suffix}" for suffix, _ in infer.FORMATS.values())
     assert out.count("\n") == 1
     for words in ("nuclei (one ", "1 of 1 images", "megapixels", " s;", "CC0 (test)"):
         assert words in out
@@ -316,14 +320,13 @@ def test_one_bad_image_does_not_stop_a_folder(run, tmp_path):
     code, out, err = run(tmp_path / "in", "--formats", "csv")
     assert code == 1 and "2 of 3 images, 1 failed" in out
     assert err.startswith(f"error: {tmp_path / 'in' / 'b.png'}: ") and err.count("\n") == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_nuclei.csv", "c_nuclei.csv"]
+    assert outputs(tmp_path / "out") == ["a_nuclei.csv", "c_nuclei.csv"]
 
 
 def test_images_of_one_stem_keep_apart(run, tmp_path):
     picture(tmp_path / "in" / "a.png"), picture(tmp_path / "in" / "a.jpg")
     assert run(tmp_path / "in", "--formats", "csv")[0] == 0
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["a.jpg_nuclei.csv", "a.png_nuclei.csv"]
+    assert outputs(tmp_path / "out") == ["a.jpg_nuclei.csv", "a.png_nuclei.csv"]
     code, _, err = run(tmp_path / "in" / "a.png", picture(tmp_path / "other" / "A.png"))
     assert code == 2 and "would overwrite the outputs of" in err
 
@@ -361,4 +364,50 @@ def test_failures_are_explained_in_a_sentence(run, tmp_path, monkeypatch):
         monkeypatch.setattr(infer, "predict", fail)
         code, _, err = run(image)
         assert code == 1 and err.startswith(f"error: {image}: {sentence}") and err.count("\n") == 1
-    assert not any((tmp_path / "out").iterdir())
+    assert not outputs(tmp_path / "out")
+
+
+def test_a_killed_run_goes_on_and_another_is_refused(run, tmp_path, monkeypatch):
+    for name in "abc":
+        picture(tmp_path / "in" / f"{name}.png")
+    write, calls = infer.write_outputs, []
+
+    def power_cut(*words):
+        calls.append(words[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*words)
+
+    monkeypatch.setattr(infer, "write_outputs", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in", "--formats", "csv")
+    assert outputs(tmp_path / "out") == ["a_nuclei.csv"]
+    code, out, _ = run(tmp_path / "in", "--formats", "csv")
+    assert code == 0 and calls == ["a", "b", "b", "c"] and "in 2 of 3 images, 0 failed, 1 done before" in out
+
+    code, _, err = run(tmp_path / "in", "--formats", "csv", "--tile", "64")
+    assert code == 2 and "holds outputs of another tile" in err and "--overwrite" in err
+    other = picture(tmp_path / "other" / "a.png")
+    code, _, err = run(other, "--formats", "csv")
+    assert code == 1 and "choose another --out, or replace it with --overwrite" in err
+    assert run(other, "--formats", "csv", "--tile", "64", "--overwrite")[0] == 0
+
+
+def test_classes_can_be_named_and_checkpoints_exported(run, checkpoint, tmp_path):
+    image = picture(tmp_path / "a.png")
+    code, _, err = run(image, "--classes", "x")
+    assert code == 2 and f"--classes has 1 names; {checkpoint} has" in err
+    names = [f"kind{k}" for k in range(load_model(checkpoint).config["num_classes"])]
+    code, out, _ = run("--export", tmp_path / "half.pt", "--classes", ",".join(names))
+    assert code == 0 and "kind0" in out
+    assert load_model(tmp_path / "half.pt").config["class_names"] == names
+    assert (tmp_path / "half.pt").stat().st_size < 0.6 * Path(checkpoint).stat().st_size
+    code, _, err = run()
+    assert code == 2 and "no image named" in err
+
+
+def test_a_density_that_is_a_normalised_sum_gets_peaks_by_prominence(run, checkpoint, tmp_path):
+    model = load_model(checkpoint)
+    torch.save({"model": model.state_dict()}, tmp_path / "theirs.pth")  # as the authors ship it
+    code, out, _ = run(picture(tmp_path / "a.png"), "--checkpoint", tmp_path / "theirs.pth")
+    assert code == 0 and "peaks are found by prominence, h = 0.15" in out

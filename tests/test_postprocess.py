@@ -56,10 +56,10 @@ def slow_flood(relief, markers, mask, within=None):
             continue
         labels[y, x], passes[y, x] = marker, level
         for q in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
-            if 0 <= q[0] < len(mask) and 0 <= q[1] < mask.shape[1] and mask[q] and not labels[q]:
-                if within is None or within[q] == marker:
-                    age += 1
-                    heapq.heappush(queue, (max(level, relief[q]), age, q, marker))
+            inside = 0 <= q[0] < len(mask) and 0 <= q[1] < mask.shape[1] and mask[q]
+            if inside and not labels[q] and (within is None or within[q] == marker):
+                age += 1
+                heapq.heappush(queue, (max(level, relief[q]), age, q, marker))
     return labels, passes
 
 
@@ -276,14 +276,6 @@ def test_errors_say_what_was_expected(message, type_map, density, options):
         reconstruct(type_map, density, **options)
 
 
-@pytest.mark.parametrize("peaks", [find_peaks, prominent_peaks])
-def test_peaks_refuse_what_is_no_map(peaks):
-    with pytest.raises(ValueError, match="1 values that are not finite"):
-        peaks(np.array([[0, np.inf], [1, 2]]))
-    with pytest.raises(ValueError, match=r"shape \(1, 3, 3\); expected \(H, W\)"):
-        peaks(np.zeros((1, 3, 3)))
-
-
 # ------------------------------------------------------------------------------------- outlines
 
 
@@ -333,9 +325,9 @@ def test_outlines_of_random_labels():
 def test_every_outline_is_that_of_its_id():
     inst_map = discs((60, 57), [(50, 40), (20, 10), (20, 22), (3, 30)])[0].astype(np.int32)
     rings = contours(inst_map)
+    assert len(rings) == 4 and contours(inst_map * 0) == []
     for n, ring in enumerate(rings, start=1):
         check_ring(ring, inst_map == n)
-    assert len(rings) == 4 and contours(inst_map * 0) == []
 
 
 def test_the_file_works_alone(tmp_path):
