@@ -481,6 +481,7 @@ def main(argv=None):
             return 0
         if not args.images:
             raise ValueError("no image named; expected python infer.py image.png")
+        model = model.fuse(dtype)
         images = find_images(args.images, args.out)
         journal = Journal(args.out, {
             "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(), "classes": config["class_names"], "mpp": config["mpp"],
@@ -500,7 +501,7 @@ def main(argv=None):
                 before += 1
                 continue
             image = read_image(path, args.max_pixels)
-            nuclei = predict(model, image, tile=args.tile, halo=args.halo, batch=args.batch, dtype=dtype,
+            nuclei = predict(model, image, tile=args.tile, halo=args.halo, batch=args.batch,
                              progress=lambda done, tiles: show_progress(
                                  f"{path} ({number} of {len(images)}): {done} of {tiles} tiles"))
             name = path.name.encode(errors="replace").decode()  # a name need not be valid text

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from data import PANNUKE_SPLITS, Crops, class_lookup, open_source, read_predictions
+from data import PANNUKE_SPLITS, Crops, check_source, class_lookup, cut, open_source, read_predictions
 from dualunet import (
     DualUNet, class_colors, dual_loss, load_encoder_weights, load_model, read_checkpoint, save_checkpoint
 )
@@ -86,6 +86,7 @@ def parse_options(argv=None):
     add("--workers", 1, help="processes that prepare crops; one keeps two cores busy")
     add("--device", "auto", help="cuda, mps or cpu; auto takes the first there is")
     add("--precision", "auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where the processor has it")
+    add("--check-data", action="store_true", help="no training: read all of --data and list every problem")
     add("--evaluate", metavar="CHECKPOINT", help="no training: score it, or a folder that infer.py wrote")
     add("--all", action="store_true", help="evaluate all images, not the checkpoint's validation images alone")
     add("--worst", 3, help="images that --evaluate draws, truth beside prediction")
@@ -124,13 +125,8 @@ def parse_class_weights(text, crops, num_classes, samples=256):
         return torch.tensor(weights)
     counts = sum(np.bincount(crops[n][1].numpy().ravel(), minlength=256) for n in range(samples))
     frequency = counts[:num_classes + 1] / max(counts[:num_classes + 1].sum(), 1)  # unknown classes left out
-    weights = np.maximum(frequency, 1e-4) ** -0.5
+    weights = np.maximum(frequency, 1e-3) ** -0.5
     return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32)
-
-
-def collate(items):
-    """Crops as one batch: images (N, 3, H, W) uint8, type_map (N, H, W) uint8, density (N, 1, H, W)."""
-    return [torch.stack(tensors) for tensors in zip(*items)]
 
 
 def to_device(images, device):
@@ -165,20 +161,25 @@ def score_source(source, indices, class_names, find):
     return scores
 
 
-def validate(model, crops, held, loss_options, device, precision):
-    """Loss terms over fixed crops, and F1, Dice and PQ of whole images, one set after the other."""
+def finder(model, precision):
+    """The function that `score_source` asks for the nuclei of an image."""
     def find(i, image):
         nuclei = predict(model, image, dtype=precision)
         return nuclei.inst_map, nuclei.classes
 
-    images, type_map, density = collate(crops[n] for n in range(VAL_CROPS))
+    return find
+
+
+def validate(model, crops, held, loss_options, device, precision):
+    """Loss terms over fixed crops, and F1, Dice and PQ of whole images, one set after the other."""
+    images, type_map, density = default_collate([crops[n] for n in range(VAL_CROPS)])
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision is not None):
         maps = model(to_device(images, device))
         terms = dual_loss(*maps, type_map.to(device), density.to(device), **loss_options)
     figures = {f"val_{name}": value.item() for name, value in terms.items()}
     totals, class_names = [], model.config["class_names"]
     for name, (source, indices) in held.items():
-        scores = score_source(source, indices, class_names, find)
+        scores = score_source(source, indices, class_names, finder(model, precision))
         summary = summarise(scores, scored_classes(source, class_names))
         figures[name] = {
             "detection_f1": summary["detection"]["f1"], "class_f1": summary["classification"]["mean"],
@@ -256,6 +257,48 @@ def draw_preview(model, source, indices, path, side=256, **options):
 # ---------------------------------------------------------------- training
 
 
+def finite(value):
+    """The value with nan, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(out, records, held):
+    """The last epoch's line for people, all epochs' lines for machines, and the curves."""
+    last = records[-1]
+    print(f"epoch {last['epoch']}, {last['seconds']:.0f} s: loss {last['loss']:.3f}, val_loss {last['val_loss']:.3f}",
+          *(f"{name}: detection F1 {last[name]['detection_f1']:.3f}, class F1 {last[name]['class_f1']:.3f}, "
+            f"PQ {last[name]['pq']:.3f}" for name in held), sep="; ", flush=True)
+    (out / "log.jsonl").write_text("".join(json.dumps(finite(r)) + "\n" for r in records), encoding="utf-8")
+    draw_curves(records, out / "curves.png")
+
+
+def open_data(options):
+    """Training crops, plain validation crops, {set: (source, indices)} to segment, and the names of the split."""
+    sources = [open_source(path, seed=options.seed) for path in options.data]
+    splits = [split_source(source, options.val, options.fold) for source in sources]
+    for path, (train_images, val_images) in zip(options.data, splits):
+        if not train_images or not val_images:
+            raise ValueError(f"{path}: {len(train_images)} training and {len(val_images)} validation images; "
+                             "expected some of each: see --val")
+    if options.share and len(options.share) != len(sources):
+        raise ValueError(f"--share has {len(options.share)} numbers; expected one for each of {len(sources)} sets")
+    class_names = ["nucleus"] if options.one_class else merge_classes(sources)
+    areas = [len(images) * source.read(images[0])[1].size for source, (images, _) in zip(sources, splits)]
+    augmentation = {"scale": options.scale, "stain": options.stain, "blur": options.blur}
+    crops = [Crops([(source, images[part], share) for source, images, share
+                    in zip(sources, splits, options.share or areas)], class_names, crop=options.crop,
+                   seed=options.seed, sigma=options.sigma, combine=options.combine, **variation)
+             for part, variation in enumerate((augmentation, {"scale": 1.0, "stain": 0.0, "blur": 0.0}))]
+    held = {Path(path).name: (source, val[::-(-len(val) // VAL_IMAGES)])
+            for path, source, (_, val) in zip(options.data, sources, splits)}
+    split = {part: [source.names[i] for source, images in zip(sources, splits) for i in images[k]]
+             for k, part in enumerate(("train", "val"))}
+    steps = options.steps or max(50, round(sum(areas) / options.crop**2 / options.batch))
+    return *crops, class_names, held, split, steps
+
+
 def rate_at(progress, options):
     """The learning rate when `progress` in [0, 1) of the training is done."""
     if options.schedule == "step":
@@ -302,10 +345,13 @@ def train(options):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     state = {"records": [], "epoch": 0, "best": -1.0}
     if options.resume:
-        out, last = Path(options.resume), Path(options.resume) / "last.pt"
-        state = read_checkpoint(last)
+        out = Path(options.resume)
+        saved = read_checkpoint(out / "last.pt")
+        if "optimizer" not in saved:
+            raise ValueError(f"{out}/last.pt: holds no training to go on with; start from its weights with --init")
+        state = {k: saved[k] for k in ("records", "epoch", "best")}
         machine = {k: getattr(options, k) for k in ("device", "workers", "resume")}
-        options = argparse.Namespace(**state["options"] | machine)
+        options = argparse.Namespace(**saved["options"] | machine)
     else:
         out = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S"))
         if (out / "last.pt").exists():
@@ -319,23 +365,7 @@ def train(options):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(options.seed)
 
-    sources = [open_source(path, seed=options.seed) for path in options.data]
-    splits = [split_source(source, options.val, options.fold) for source in sources]
-    for path, (train_images, val_images) in zip(options.data, splits):
-        if not train_images or not val_images:
-            raise ValueError(f"{path}: {len(train_images)} training and {len(val_images)} validation images; "
-                             "expected some of each: see --val")
-    class_names = ["nucleus"] if options.one_class else merge_classes(sources)
-    held = {Path(path).name: (source, val[::-(-len(val) // VAL_IMAGES)])
-            for path, source, (_, val) in zip(options.data, sources, splits)}
-    areas = [len(images) * source.read(images[0])[1].size for source, (images, _) in zip(sources, splits)]
-    shares = options.share or areas
-    target = {"crop": options.crop, "seed": options.seed, "sigma": options.sigma, "combine": options.combine}
-    crops = Crops([(source, images, share) for source, (images, _), share in zip(sources, splits, shares)],
-                  class_names, scale=options.scale, stain=options.stain, blur=options.blur, **target)
-    val_crops = Crops([(source, images, share) for source, (_, images), share in zip(sources, splits, shares)],
-                      class_names, scale=1.0, stain=0.0, blur=0.0, **target)
-    steps = options.steps or max(50, round(sum(areas) / options.crop**2 / options.batch / world))
+    crops, val_crops, class_names, held, split, steps = open_data(options)
 
     model = build_model(options, class_names).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model) if options.average else model
@@ -345,9 +375,9 @@ def train(options):
     optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[options.optimizer](
         model.parameters(), lr=options.rate, weight_decay=options.weight_decay)
     if options.resume:
-        model.load_state_dict(state["training"])
-        average.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(saved["training"])
+        average.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
     network = model if world == 1 else torch.nn.parallel.DistributedDataParallel(model)
     began = time.monotonic()
 
@@ -383,25 +413,17 @@ def train(options):
                           f"loss {sums['loss'] / (step + 1):.3f}, {time.monotonic() - began:.0f} s")
 
         if rank == 0:
-            figures = {"epoch": epoch + 1} | {name: value / steps for name, value in sums.items()}
+            figures = {"epoch": epoch + 1} | {name: value / steps for name, value in sums.items()} | {"rate": rate}
             figures |= validate(average.eval(), val_crops, held, loss_options, device, precision)
-            state["records"].append(figures | {"rate": rate, "seconds": round(time.monotonic() - began, 1)})
-            best = figures["score"] >= state["best"]
-            state |= {"epoch": epoch + 1, "best": max(state["best"], figures["score"])}
-            about = {"options": vars(options), "figures": figures, "split": {
-                part: [source.names[i] for source, split in zip(sources, splits) for i in split[k]]
-                for k, part in enumerate(("train", "val"))}}
-            save_checkpoint(out / "last.pt", average, **about, training=model.state_dict(),
-                            optimizer=optimizer.state_dict(), **{k: state[k] for k in ("records", "epoch", "best")})
-            if best:
-                save_checkpoint(out / "best.pt", average, half=True, epoch=epoch + 1, **about)
-            (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in state["records"]), encoding="utf-8")
-            draw_curves(state["records"], out / "curves.png")
+            state["records"].append(figures | {"seconds": round(time.monotonic() - began, 1)})
+            state |= {"epoch": epoch + 1, "best": max(state["best"], figures["score"]), "split": split,
+                      "options": vars(options)}
+            if figures["score"] == state["best"]:  # before last.pt: after a crash between them it is made again
+                save_checkpoint(out / "best.pt", average, half=True, **state)
+            save_checkpoint(out / "last.pt", average, **state, training=model.state_dict(),
+                            optimizer=optimizer.state_dict())
+            report(out, state["records"], held)
             draw_preview(average, *next(iter(held.values())), out / "preview.png", dtype=precision)
-            print(f"epoch {epoch + 1}, {state['records'][-1]['seconds']:.0f} s: loss {figures['loss']:.3f}, "
-                  f"val_loss {figures['val_loss']:.3f}; " + "; ".join(
-                      f"{name} detection F1 {figures[name]['detection_f1']:.3f}, class F1 "
-                      f"{figures[name]['class_f1']:.3f}, PQ {figures[name]['pq']:.3f}" for name in held), flush=True)
         if world > 1:
             dist.barrier()
     if world > 1:
@@ -413,35 +435,27 @@ def train(options):
 # ---------------------------------------------------------------- main
 
 
-def finite(value):
-    """The value with nan, which JSON lacks, as None."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def print_table(summary, class_names):
     """The figures of `summarise`, each under its protocol; n/a where undefined."""
     def row(title, *values):
         print(f"{title:<18}" + "".join(
-            f"{v:>10}" if isinstance(v, str) else f"{'n/a':>10}" if math.isnan(v) else f"{v:>10.3f}" for v in values))
+            f"{v:>10}" if isinstance(v, str) else f"{'n/a' if math.isnan(v) else format(v, '.3f'):>10}" for v in values))
 
     detection, mean, pooled, pannuke = (summary[k] for k in ("detection", "image_mean", "pooled", "pannuke"))
+    f1, low_high = summary["classification"], summary["class_f1_interval"]
     print(f"{summary['checkpoint']} on {summary['images']} images of {summary['data']}")
-    print(f"\ndetection ({detection['protocol']})")
-    row("", "F1", "precision", "recall")
-    row("all nuclei", detection["f1"], detection["precision"], detection["recall"])
-    print(f"\nall nuclei ({mean['protocol']})")
-    row("", "Dice", "AJI", "AJI+", "DQ", "SQ", "PQ")
-    row("all nuclei", *(mean[k] for k in ("dice", "aji", "aji_plus", "dq", "sq", "pq")))
-    print(f"\nclasses (F1: {summary['classification']['protocol']}; DQ, SQ, PQ: {pooled['protocol']})")
-    row("", "F1", "DQ", "SQ", "PQ")
+    for title, part, keys in (("detection", detection, ("f1", "precision", "recall")),
+                              ("outlines", mean, ("dice", "aji", "aji_plus", "dq", "sq", "pq"))):
+        print(f"\n{title} ({part['protocol']})")
+        row("", *keys)
+        row("all nuclei", *(part[k] for k in keys))
+    print(f"\nclasses (f1: {f1['protocol']}; dq, sq, pq: {pooled['protocol']})")
+    row("", "f1", "dq", "sq", "pq")
     for name in class_names:
-        row(name, summary["classification"]["f1"][name], *(pooled["classes"][name][k] for k in ("dq", "sq", "pq")))
-    row("mean", summary["classification"]["mean"], "", "", pooled["mpq_plus"])
+        row(name, f1["f1"][name], *pooled["classes"][name].values())
+    row("mean", f1["mean"], "", "", pooled["mpq_plus"])
     row("all nuclei", "", pooled["dq"], pooled["sq"], pooled["pq"])
-    low, high = summary["class_f1_interval"]
-    print(f"mean class F1, 95 % of bootstraps over images: {low:.3f} to {high:.3f}")
+    print("mean f1, 95 % of bootstraps over images: {:.3f} to {:.3f}".format(*low_high))
     print(f"\n{pannuke['protocol']}: bPQ {pannuke['bpq']:.3f}, mPQ {pannuke['mpq']:.3f}")
 
 
@@ -456,13 +470,10 @@ def evaluate(options):
             return read_predictions(options.evaluate, source.names[i], class_names)
     else:
         device = pick_device(options.device)
-        model = load_model(options.evaluate, device)
         precision = {"auto": pick_precision(device), "bf16": torch.bfloat16, "fp32": None}[options.precision]
+        model = load_model(options.evaluate, device).fuse(precision)
         split, class_names = read_checkpoint(options.evaluate).get("split", split), model.config["class_names"]
-
-        def find(i, image):
-            nuclei = predict(model, image, dtype=precision)
-            return nuclei.inst_map, nuclei.classes
+        find = finder(model, None)
 
     wanted = options.val or ([] if options.all else split["val"])
     indices = [i for i, name in enumerate(source.names) if not wanted or name in wanted]
@@ -494,10 +505,33 @@ def evaluate(options):
     return summary
 
 
+def check_data(options):
+    """Reads all images and labels, lists all problems at once, counts the classes and draws a contact sheet."""
+    out, bad = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S")), 0
+    out.mkdir(parents=True, exist_ok=True)
+    for path in options.data:
+        source = open_source(path)
+        problems, counts = check_source(source)
+        bad += len(problems)
+        print(f"{path}: {len(source.names)} images;", ", ".join(
+            f"{name} {n:,}" for name, n in zip(source.class_names, counts)), *problems.values(), sep="\n  ")
+        good = [i for i in range(len(source.names)) if i not in problems]
+        tiles = [np.full((256, 256, 3), 255, np.uint8)] * 24
+        for n, i in enumerate(good[::-(-len(good) // 24) or 1]):  # the corner of 24 images all over the set
+            image, inst_map, type_map = cut(source.read(i), 0, 0, 128, 128)
+            tiles[n] = outlined(image, inst_map, nucleus_classes(inst_map, type_map), class_colors(source.class_names))
+        sheet = np.concatenate([np.concatenate(tiles[row:row + 6], axis=1) for row in range(0, 24, 6)])
+        Image.fromarray(sheet).save(out / f"contact_{Path(path).name}.png")
+    print(f"{bad} problems; contact sheets are in {out}")
+    if bad:
+        raise ValueError(f"{bad} files cannot be trained on: mend or remove them")
+
+
 def main(argv=None):
     options = parse_options(argv)
     try:
-        evaluate(options) if options.evaluate else train(options)
+        action = check_data if options.check_data else evaluate if options.evaluate else train
+        action(options)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

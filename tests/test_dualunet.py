@@ -252,13 +252,27 @@ def test_resnet_weights_and_wrong_ones(tmp_path):
     source, target = small_model(), DualUNet(num_classes=1, encoder="resnet18")
     state = source.encoder.state_dict()
     torch.save(state | {"fc.weight": torch.ones(2), "fc.bias": torch.ones(2)}, tmp_path / "r.pth")
-    load_encoder_weights(target, (tmp_path / "r.pth").as_uri().replace("file://", ""))
+    load_encoder_weights(target, tmp_path / "r.pth")
     assert torch.equal(target.encoder.layer4[1].conv2.weight, source.encoder.layer4[1].conv2.weight)
     with pytest.raises(ValueError, match="missing layer1.2.bn1.bias.* more"):
         load_encoder_weights(small_model("resnet34"), str(tmp_path / "r.pth"))
     torch.save(state | {"layer9.weight": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="left over layer9.weight"):
         load_encoder_weights(target, str(tmp_path / "w.pth"))
+
+
+def test_weights_from_a_url_go_through_torch_hub(monkeypatch):
+    source, target = small_model(), DualUNet(num_classes=1, encoder="resnet18")
+    asked = {}
+
+    def fetch(url, **kwargs):
+        asked.update(kwargs, url=url)
+        return source.encoder.state_dict()
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    load_encoder_weights(target, "https://example.org/resnet18.pth")
+    assert asked["url"].startswith("https://") and asked["weights_only"] is True
+    assert torch.equal(target.encoder.conv1.weight, source.encoder.conv1.weight)
 
 
 def test_colours():

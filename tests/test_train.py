@@ -209,3 +209,21 @@ def test_a_checkpoint_is_scored_on_its_own_validation_images(run, folder, tmp_pa
     assert "was trained on 4 of these images" in capsys.readouterr().out
     assert main([*arguments, str(tmp_path / "c"), "--val", "stranger"]) == 1
     assert "none of" in capsys.readouterr().err
+
+
+def test_check_data_lists_every_problem_at_once(folder, tmp_path, capsys):
+    arguments = ["--check-data", "--data", str(folder), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "5 images" in printed and "0 problems" in printed and "epithelial" in printed
+    assert (tmp_path / "contact_tiles.png").exists()
+    (folder / "labels" / "t1.png").rename(folder / "labels" / "t1.bak")
+    (folder / "labels" / "t1.png").write_text("no labels")
+    Image.new("L", (5, 5)).save(folder / "images" / "t3.png")
+    try:
+        assert main(arguments) == 1
+        printed = capsys.readouterr()
+        assert "t1.png: " in printed.out and "t3.png: " in printed.out and "2 files" in printed.err
+    finally:
+        (folder / "labels" / "t1.bak").rename(folder / "labels" / "t1.png")
+        Image.fromarray(synthetic_tissue(33, 96)[0]).save(folder / "images" / "t3.png")
