@@ -181,12 +181,15 @@ def validate(model, crops, held, loss_options, device, precision):
     for name, (source, indices) in held.items():
         scores = score_source(source, indices, class_names, finder(model, precision))
         summary = summarise(scores, scored_classes(source, class_names))
+        several = len(summary["classification"]["f1"]) > 1
         figures[name] = {
-            "detection_f1": summary["detection"]["f1"], "class_f1": summary["classification"]["mean"],
+            "detection_f1": summary["detection"]["f1"],
+            "class_f1": summary["classification"]["mean"] if several else math.nan,
             "dice": summary["image_mean"]["dice"], "pq": summary["image_mean"]["pq"],
         }
-        totals.append(np.nan_to_num(np.nanmean([figures[name][k] for k in ("detection_f1", "class_f1", "pq")])))
-    return figures | {"score": float(np.mean(totals))}
+        defined = [figures[name][k] for k in ("detection_f1", "class_f1", "pq") if not math.isnan(figures[name][k])]
+        totals.append(sum(defined) / max(len(defined), 1))
+    return figures | {"score": sum(totals) / len(totals)}
 
 
 # ---------------------------------------------------------------- pictures
@@ -212,7 +215,7 @@ def draw_curves(records, path):
             ink = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")[i]
             points = [(left + 360 * (n + 1) / len(line), 310 - 268 * v / high)
                       for n, v in enumerate(line) if math.isfinite(v)]
-            draw.line([(left, points[0][1]), *points] if len(points) == 1 else points, fill=ink, width=2)
+            draw.line([(left, points[0][1]), *points] if points else [], fill=ink, width=2)
             draw.text((left + 90 * i, 324), name, fill=ink)
     canvas.save(path)
 
@@ -228,13 +231,12 @@ def outlined(image, inst_map, classes, colors):
     return np.asarray(canvas)
 
 
-def panel(image, truth, found, colors, window=(slice(None), slice(None))):
+def panel(image, truth, found, colors):
     """Input, truth and prediction side by side; truth and found are (inst_map, type_map)."""
-    image = np.ascontiguousarray(image[window])
     views = [np.asarray(Image.fromarray(image).resize((2 * image.shape[1], 2 * image.shape[0])))]
     for inst_map, type_map in (truth, found):
-        inst_map, type_map = inst_map[window], np.minimum(type_map[window], len(colors))
-        views.append(outlined(image, inst_map, nucleus_classes(inst_map, type_map), colors))
+        classes = np.minimum(nucleus_classes(inst_map, type_map), len(colors))  # unknown ones as the last
+        views.append(outlined(image, inst_map, classes, colors))
     return np.concatenate(views, axis=1)
 
 
@@ -242,15 +244,12 @@ def draw_preview(model, source, indices, path, side=256, **options):
     """The middle of three validation images, a row each: input, truth, prediction."""
     rows, lookup = [], class_lookup(source, model.config["class_names"])
     for i in indices[:3]:
-        image, inst_map, type_map = source.read(i)
-        found = predict(model, image, **options)
-        window = tuple(slice(max(length - side, 0) // 2, max(length - side, 0) // 2 + side)
-                       for length in inst_map.shape)
-        found_types = np.append(0, found.classes)[found.inst_map]
-        rows.append(panel(image, (inst_map, lookup[type_map]), (found.inst_map, found_types),
-                          model.config["colors"], window))
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(row, ((0, 8), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+        whole, inst_map, type_map = source.read(i)
+        found = predict(model, whole, **options)
+        window = *((length - side) // 2 for length in inst_map.shape), side, side
+        image, *truth = cut((whole, inst_map, lookup[type_map]), *window)
+        _, *found = cut((whole, found.inst_map, np.append(0, found.classes)[found.inst_map]), *window)
+        rows.append(panel(image, truth, found, model.config["colors"]))
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
@@ -268,8 +267,8 @@ def report(out, records, held):
     """The last epoch's line for people, all epochs' lines for machines, and the curves."""
     last = records[-1]
     print(f"epoch {last['epoch']}, {last['seconds']:.0f} s: loss {last['loss']:.3f}, val_loss {last['val_loss']:.3f}",
-          *(f"{name}: detection F1 {last[name]['detection_f1']:.3f}, class F1 {last[name]['class_f1']:.3f}, "
-            f"PQ {last[name]['pq']:.3f}" for name in held), sep="; ", flush=True)
+          *(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in last[name].items() if not math.isnan(v))
+            for name in held), sep="; ", flush=True)
     (out / "log.jsonl").write_text("".join(json.dumps(finite(r)) + "\n" for r in records), encoding="utf-8")
     draw_curves(records, out / "curves.png")
 
@@ -278,10 +277,10 @@ def open_data(options):
     """Training crops, plain validation crops, {set: (source, indices)} to segment, and the names of the split."""
     sources = [open_source(path, seed=options.seed) for path in options.data]
     splits = [split_source(source, options.val, options.fold) for source in sources]
-    for path, (train_images, val_images) in zip(options.data, splits):
-        if not train_images or not val_images:
-            raise ValueError(f"{path}: {len(train_images)} training and {len(val_images)} validation images; "
-                             "expected some of each: see --val")
+    for path, (images, val) in zip(options.data, splits):
+        if not images or not val:
+            raise ValueError(f"{path}: {len(images)} training and {len(val)} validation images; expected some of "
+                             "each, see --val")
     if options.share and len(options.share) != len(sources):
         raise ValueError(f"--share has {len(options.share)} numbers; expected one for each of {len(sources)} sets")
     class_names = ["nucleus"] if options.one_class else merge_classes(sources)
@@ -291,8 +290,9 @@ def open_data(options):
                     in zip(sources, splits, options.share or areas)], class_names, crop=options.crop,
                    seed=options.seed, sigma=options.sigma, combine=options.combine, **variation)
              for part, variation in enumerate((augmentation, {"scale": 1.0, "stain": 0.0, "blur": 0.0}))]
-    held = {Path(path).name: (source, val[::-(-len(val) // VAL_IMAGES)])
-            for path, source, (_, val) in zip(options.data, sources, splits)}
+    names = [Path(path).name for path in options.data]
+    names = names if len(set(names)) == len(names) else options.data
+    held = {name: (source, val[::-(-len(val) // VAL_IMAGES)]) for name, source, (_, val) in zip(names, sources, splits)}
     split = {part: [source.names[i] for source, images in zip(sources, splits) for i in images[k]]
              for k, part in enumerate(("train", "val"))}
     steps = options.steps or max(50, round(sum(areas) / options.crop**2 / options.batch))

@@ -102,7 +102,7 @@ def test_a_run_leaves_checkpoints_log_and_pictures(run, folder):
     assert [r["epoch"] for r in records] == [1, 2]
     assert {"loss", "ce", "dice", "mse", "val_loss", "tiles", "rate"} <= records[0].keys()
     with Image.open(run / "preview.png") as preview:
-        assert preview.width == 3 * 2 * 96
+        assert preview.size == (3 * 512, 512)
     config = load_model(run / "best.pt").config
     assert config["class_names"][3] == "spindle-shaped" and config["mpp"] == 0.25 and config["combine"] == "max"
     assert read_checkpoint(run / "best.pt")["split"] == {"train": ["t0", "t1", "t2", "t3"], "val": ["t4"]}
