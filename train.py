@@ -65,7 +65,7 @@ def parse_options(argv=None):
     add("--encoder-weights", metavar="FILE_OR_URL", help="ImageNet weights of the encoder")
     add("--init", metavar="CHECKPOINT", help="start from its weights; a class head of another size starts anew")
     add("--resume", metavar="FOLDER", help="go on exactly where the run in this folder stopped")
-    add("--epochs", 10, help="the synthetic default learns enough in five minutes; real data want 100")
+    add("--epochs", 8, help="the synthetic default learns enough in five minutes; real data want 100")
     add("--steps", 0, help="an epoch; 0: as many as cover the training pixels once, at least 50")
     add("--batch", 8, help="crops a step; published")
     add("--crop", 192, help="side of a crop in pixels; a CPU sees more tissue in more, smaller ones")
