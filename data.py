@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -40,9 +41,11 @@ PANNUKE_SPLITS = {1: (1, 2, 3), 2: (2, 1, 3), 3: (3, 2, 1)}  # published: train,
 
 @contextlib.contextmanager
 def naming(path, what, advice):
-    """Whatever a bad file raises, a dozen kinds, becomes one sentence that names the file."""
+    """Whatever a bad file raises, a dozen kinds, becomes one sentence that names the file; no warnings."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such {what}; check the path") from None
     except Exception as error:
@@ -97,11 +100,13 @@ def read_labels(path):
         if path.suffix.lower() == ".mat":
             arrays = io.loadmat(path)
         elif path.suffix.lower() in (".npy", ".npz"):
-            arrays = np.load(path, allow_pickle=False)
+            with open(path, "rb") as file:
+                arrays = np.load(file, allow_pickle=False)
+                arrays = arrays if isinstance(arrays, np.ndarray) else dict(arrays)
         else:
             with open_image(path) as file:
                 arrays = np.array(file)
-        arrays = {"inst_map": arrays} if isinstance(arrays, np.ndarray) else dict(arrays)
+        arrays = {"inst_map": arrays} if isinstance(arrays, np.ndarray) else arrays
     if "inst_map" not in arrays:
         found = ", ".join(k for k in arrays if not k.startswith("__")) or "nothing"
         raise ValueError(f"{path}: no array inst_map in it, found {found}; store it under that name")

@@ -264,8 +264,8 @@ class DualUNet(nn.Module):
         """
         height, width = images.shape[-2:]
         x = (images - self.mean) / self.std
-        # replicated: unlike reflection it exists at any size; no `if`: torch.export follows one way alone
-        x = F.pad(x, (0, -width % 32, 0, -height % 32), mode="replicate")
+        if height % 32 or width % 32:  # replicated: unlike reflection it exists at any size
+            x = F.pad(x, (0, -width % 32, 0, -height % 32), mode="replicate")
         features = self.encoder(x.to(next(self.encoder.parameters()).dtype))
         x, y = self.decoder(features), self.decoder_count(features)
         with torch.autocast(x.device.type, enabled=False):  # in bf16, 1-2 % of the nuclei would change
@@ -462,10 +462,15 @@ def load_model(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     ours = "model_config" in checkpoint
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k).replace(".timm_model.", "."): v
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: its weights are {type(state).__name__}; expected a dict of tensors")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)).replace(".timm_model.", "."): v
              for k, v in state.items() if isinstance(v, torch.Tensor)}
     config = checkpoint["model_config"] if ours else recognise(path, state)
-    model = DualUNet(**config)
+    try:
+        model = DualUNet(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its model_config fits no DualU-Net ({error}); export it again") from None
     check_keys(path, model.state_dict(), state)
     model.load_state_dict(state)
 
@@ -475,6 +480,8 @@ def load_model(path, device="cpu"):
         not ours and PUBLISHED_CLASSES.get(config["num_classes"])
         or (f"class {k}" for k in range(1, config["num_classes"] + 1))
     )
+    if len(metadata["class_names"]) != config["num_classes"]:
+        raise ValueError(f"{path}: names {metadata['class_names']} for {config['num_classes']} classes; expected one each")
     metadata["colors"] = metadata["colors"] or class_colors(metadata["class_names"])
     model.config.update(metadata)
     return model.to(device).eval()

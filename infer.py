@@ -381,12 +381,16 @@ class Journal:
 
     def __init__(self, folder, settings, overwrite):
         self.path, self.overwrite, self.done = Path(folder) / "run.jsonl", overwrite, {}
-        if self.path.exists() and not overwrite:
-            first, *lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] or ["{}"]
-            if differing := [k for k, v in settings.items() if json.loads(first).get(k) != v]:
+        if not overwrite and self.path.exists() and self.path.stat().st_size:
+            try:
+                first, *lines = map(json.loads, self.path.read_text(encoding="utf-8").split("\n")[:-1])
+                self.done = dict(lines)
+                differing = [k for k, v in settings.items() if first.get(k) != v]
+            except (ValueError, TypeError, AttributeError):
+                raise ValueError(f"{self.path}: damaged; choose another --out, or --overwrite") from None
+            if differing:
                 raise ValueError(f"{folder}: holds outputs of another {', '.join(differing)}; choose another --out, "
                                  "or replace them with --overwrite")
-            self.done = dict(map(json.loads, lines))
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(settings) + "\n", encoding="utf-8")

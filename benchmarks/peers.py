@@ -101,7 +101,8 @@ def published_markers(density, h=0.15):
     """The h-maxima of the map stretched to [0, 1], or to [-1, 1] if it has a negative value."""
     low, high = density.min(), density.max()
     stretched = (density - low) / (high - low)
-    return ndimage.label(h_maxima(2 * stretched - 1 if low < 0 else stretched, h), np.ones((3, 3)))[0]
+    maxima = h_maxima(2 * stretched - 1 if low < 0 else stretched, h)
+    return ndimage.label(maxima, np.ones((3, 3)))[0]
 
 
 def published_instances(type_map, density):
