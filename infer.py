@@ -7,8 +7,9 @@
     nuclei.inst_map, nuclei.centroids, nuclei.classes
 
 Network and reconstruction run tile by tile, and a nucleus belongs to the tile whose core holds its
-peak: nothing is blended or stitched, and memory is bounded by the tile.
-Needs dualunet.py, postprocess.py and data.py beside it.
+peak: nothing is blended or stitched, and memory is bounded by the tile. Under torchrun, processes
+share the images of a folder and the tiles of a slide.
+Needs dualunet.py, postprocess.py and data.py beside it, and slides.py for slides.
 """
 
 import argparse
@@ -20,24 +21,30 @@ import os
 import sys
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import timedelta
+from functools import cached_property, partial
 from itertools import groupby, islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from data import IMAGE_SUFFIXES, MAX_PIXELS, read_image
+from data import IMAGE_SUFFIXES, MAX_PIXELS, naming, open_image, read_image
 from dualunet import class_colors, load_model, save_checkpoint
 from postprocess import Nuclei, contours, measure, reconstruct
 
 STRIDE = 32  # the encoders' total stride: windows that start on it are cut into the same cells
 TILE = 1024  # ours: with halo 128 the network reads 1.56 times the image's area
 HALO = 128  # ours: 99.9 % of nuclei as from one pass over the whole image; 64 px give 99 %
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".npy")
+LARGE = 10**8  # ours: pixels above which an image is worked on as a slide is, its outputs by tiles
 CHECKPOINT = Path(__file__).parent / "weights" / "consep.pt"
 
 
@@ -51,6 +58,10 @@ def check_tiling(tile, halo, batch):
                          f"the tile at least {STRIDE}")
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1 tile")
+
+
+def core_size(core):
+    return core[2] - core[0], core[3] - core[1]
 
 
 def tile_cores(height, width, tile):
@@ -97,9 +108,35 @@ def select(nuclei, keep):
     return Nuclei(ids[nuclei.inst_map], *(values[keep] for values in nuclei[1:]))
 
 
-def predict_tiles(model, image, *, tile=TILE, halo=HALO, batch=1, dtype=None, **options):
+def own_nuclei(core, halo, shape, type_map, probability, density, options):
+    """(origin, nuclei): those whose peak lies in the core, from the maps of core and halo."""
+    # Mirrored pixels served the network; a mirrored nucleus must not win a peak.
+    origin = max(core[0] - halo, 0), max(core[1] - halo, 0)
+    rows, columns = (slice(start - first + halo, side - first + halo)
+                     for start, first, side in zip(origin, core, shape))
+    nuclei = reconstruct(type_map[rows, columns], density[rows, columns],
+                         class_probability=probability[:, rows, columns], **options)
+    y, x = nuclei.peaks.T + np.reshape(origin, (2, 1))
+    own = (core[0] <= y) & (y < core[2]) & (core[1] <= x) & (x < core[3])
+    return origin, select(nuclei, own)
+
+
+def ahead(submit, items, depth):
+    """Yields the results of the futures submit(item), in order, while `depth` more are under way."""
+    waiting = deque()
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def predict_tiles(model, image, *, cores=None, tile=TILE, halo=HALO, batch=1, dtype=None, pool=None,
+                  **options):
     """Yields the nuclei that each tile owns; arguments as in `predict`.
 
+    cores: those of `tile_cores` to look at (default: all).
     Each item is (origin, nuclei): map and coordinates of these nuclei begin at origin (y, x) of the
     image. Windows of one size come together, to share batches.
     """
@@ -108,27 +145,31 @@ def predict_tiles(model, image, *, tile=TILE, halo=HALO, batch=1, dtype=None, **
         raise ValueError(f"image has shape {tuple(image.shape)}; expected (height, width, 3)")
     if model.training:
         raise RuntimeError("model is in training mode: call model.eval() before predicting")
-    height, width = image.shape[:2]
     options = {"combine": model.config.get("combine", "max")} | options
+    cores = sorted(tile_cores(*image.shape[:2], tile) if cores is None else cores, key=core_size)
+    batches = (chunk for _, group in groupby(cores, core_size)
+               for chunk in iter(lambda group=group: list(islice(group, batch)), []))
 
-    def size(core):
-        return core[2] - core[0], core[3] - core[1]
+    def read(cores):
+        return cores, np.stack([read_window(image, y0 - halo, x0 - halo, y1 + halo, x1 + halo)
+                                for y0, x0, y1, x1 in cores])
 
-    for _, group in groupby(sorted(tile_cores(height, width, tile), key=size), size):
-        while cores := list(islice(group, batch)):
-            windows = [read_window(image, y0 - halo, x0 - halo, y1 + halo, x1 + halo)
-                       for y0, x0, y1, x1 in cores]
-            maps = predict_maps(model, np.stack(windows), dtype=dtype)
-            for core, type_map, probability, density in zip(cores, *maps):
-                # Mirrored pixels served the network; a mirrored nucleus must not win a peak.
-                origin = max(core[0] - halo, 0), max(core[1] - halo, 0)
-                rows, columns = (slice(start - first + halo, side - first + halo)
-                                 for start, first, side in zip(origin, core, image.shape))
-                nuclei = reconstruct(type_map[rows, columns], density[rows, columns],
-                                     class_probability=probability[:, rows, columns], **options)
-                y, x = nuclei.peaks.T + np.reshape(origin, (2, 1))
-                own = (core[0] <= y) & (y < core[2]) & (core[1] <= x) & (x < core[3])
-                yield origin, select(nuclei, own)
+    def jobs():
+        with ThreadPoolExecutor(1) as reader:  # reads while the network computes
+            for cores, windows in ahead(partial(reader.submit, read), batches, 1):
+                for core, *maps in zip(cores, *predict_maps(model, windows, dtype=dtype)):
+                    yield core, halo, image.shape, *maps, options
+
+    if pool is None:
+        yield from (own_nuclei(*job) for job in jobs())
+    else:
+        yield from ahead(lambda job: pool.submit(own_nuclei, *job), jobs(), 2 * os.cpu_count())
+
+
+def measure_anew(nuclei, inst_map, peaks):
+    """The nuclei on another label map with the same ids; classes and probabilities stay."""
+    measured = measure(inst_map, np.append(0, nuclei.classes)[inst_map], peaks=peaks)
+    return measured._replace(classes=nuclei.classes, probabilities=nuclei.probabilities)
 
 
 def give_way(nuclei, taken):
@@ -148,23 +189,25 @@ def give_way(nuclei, taken):
         pieces, count = ndimage.label(box == row + 1)
         if count > 1:
             box[(pieces > 0) & (pieces != np.bincount(pieces[pieces > 0]).argmax())] = 0
-    measured = measure(inst_map, np.append(0, nuclei.classes)[inst_map], peaks=nuclei.peaks)
-    measured = measured._replace(classes=nuclei.classes, probabilities=nuclei.probabilities)
+    measured = measure_anew(nuclei, inst_map, nuclei.peaks)
     return select(measured, 2 * measured.areas > nuclei.areas)
 
 
-def predict(model, image, *, tile=TILE, halo=HALO, batch=1, dtype=None, progress=None, **options):
+def predict(model, image, *, tile=TILE, halo=HALO, batch=1, dtype=None, pool=None, progress=None,
+            **options):
     """All nuclei of an image of any size, ids in the scan order of the peaks.
 
     image: anything with `.shape` (H, W, 3) and `image[y0:y1, x0:x1]` -> uint8 RGB.
     tile, halo: side of a tile's core and the margin read around it, multiples of 32.
     batch: tiles that the network takes at once. dtype: None, or half precision by autocast.
+    pool: an executor that reconstructs while a GPU computes (default: in turn, best on a CPU).
     progress: called with the tiles done and their number. options: those of `reconstruct`.
     From given maps every tile size makes the same nuclei, while no cluster outgrows the halo.
     Raises: ValueError for a grid or a shape that does not fit.
     """
     inst_map, found, count = np.zeros(image.shape[:2], np.int32), [], 0
-    tiles = predict_tiles(model, image, tile=tile, halo=halo, batch=batch, dtype=dtype, **options)
+    tiles = predict_tiles(model, image, tile=tile, halo=halo, batch=batch, dtype=dtype, pool=pool,
+                          **options)
     for done, ((y, x), nuclei) in enumerate(tiles, 1):
         height, width = nuclei.inst_map.shape
         target = inst_map[y:y + height, x:x + width]
@@ -196,6 +239,10 @@ class Result:
     colors: list  # K (r, g, b)
     mpp: float | None  # µm per pixel
 
+    @property
+    def shape(self):
+        return self.nuclei.inst_map.shape
+
     @cached_property
     def rings(self):
         """Closed outlines of pixel corners, (M, 2) (y, x) a nucleus; two writers share them."""
@@ -213,6 +260,24 @@ class Result:
         um2 = [None] * len(x) if self.mpp is None else (n.areas * self.mpp**2).round(3).tolist()
         ids = range(1, len(x) + 1)
         return zip(ids, x, y, n.classes.tolist(), probabilities, n.areas.tolist(), um2)
+
+    def features(self):
+        """The GeoJSON of every nucleus, as QuPath takes it."""
+        encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+        classes = [{"name": n, "color": list(c)} for n, c in zip(self.class_names, self.colors)]
+        for row, ring, (y, x) in zip(self.rows(), self.rings, self.nuclei.peaks.tolist()):
+            _, _, _, kind, probability, area, um2 = row
+            measurements = {"class_probability": probability, "area_px": area, "area_um2": um2}
+            yield encode({
+                "type": "Feature",
+                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.name}/{y},{x}")),
+                "geometry": {"type": "Polygon", "coordinates": [ring[:, ::-1].tolist()]},
+                "properties": {
+                    "objectType": "detection",
+                    "classification": classes[kind - 1],
+                    "measurements": {k: v for k, v in measurements.items() if v is not None},
+                },
+            })
 
 
 def legend(result, width):
@@ -251,25 +316,10 @@ def write_overlay(path, result):
 
 def write_geojson(path, result):
     """QuPath's FeatureCollection, one feature a line."""
-    encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-    classes = [{"name": n, "color": list(c)} for n, c in zip(result.class_names, result.colors)]
-    peaks = result.nuclei.peaks.tolist()
-    lines = []
-    for row, ring, (y, x) in zip(result.rows(), result.rings, peaks):
-        _, _, _, kind, probability, area, um2 = row
-        measurements = {"class_probability": probability, "area_px": area, "area_um2": um2}
-        lines.append(encode({
-            "type": "Feature",
-            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{result.name}/{y},{x}")),
-            "geometry": {"type": "Polygon", "coordinates": [ring[:, ::-1].tolist()]},
-            "properties": {
-                "objectType": "detection",
-                "classification": classes[kind - 1],
-                "measurements": {k: v for k, v in measurements.items() if v is not None},
-            },
-        }))
     with open(path, "w", encoding="utf-8") as file:
-        file.write('{"type":"FeatureCollection","features":[\n' + ",\n".join(lines) + "\n]}\n")
+        file.write('{"type":"FeatureCollection","features":[\n')
+        file.writelines(",\n" * (k > 0) + feature for k, feature in enumerate(result.features()))
+        file.write("\n]}\n")
 
 
 def write_csv(path, result):
@@ -298,22 +348,29 @@ def write_json(path, result):
         file.write(json.dumps({"mag": mag, "nuc": nuclei}, separators=(",", ":"), allow_nan=False))
 
 
+def write_npy(path, result):
+    """The label map as numpy's own int32 file."""
+    with open(path, "wb") as file:
+        np.save(file, result.nuclei.inst_map)
+
+
 FORMATS = {  # name -> what follows the image's name, writer
     "overlay": ("_overlay.png", write_overlay),
     "geojson": ("_nuclei.geojson", write_geojson),
     "csv": ("_nuclei.csv", write_csv),
     "tif": ("_instances.tif", write_instances),
     "json": ("_nuclei.json", write_json),
+    "npy": ("_instances.npy", write_npy),
 }
 
 
-def write_outputs(folder, stem, result, formats):
+def write_outputs(folder, stem, result, formats, writers=FORMATS):
     """Writes all formats under temporary names and renames them only when all are complete."""
-    paths = [Path(folder) / f"{stem}{FORMATS[name][0]}" for name in formats]
+    paths = [Path(folder) / f"{stem}{writers[name][0]}" for name in formats]
     parts = [path.with_name(f".{path.name}.part") for path in paths]
     try:
         for name, part in zip(formats, parts):
-            FORMATS[name][1](part, result)
+            writers[name][1](part, result)
         for part, path in zip(parts, paths):
             os.replace(part, path)
     finally:
@@ -336,7 +393,7 @@ def find_images(paths, out):
             raise ValueError(f"{path}: no such file or folder; check the path")
         inside = [path] if path.is_file() else [
             p for p in sorted(path.iterdir())
-            if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+            if p.suffix.lower() in IMAGE_SUFFIXES + SLIDE_SUFFIXES and not p.name.startswith(".")]
         if not inside:
             raise ValueError(f"{path}: no image inside; expected {', '.join(IMAGE_SUFFIXES)}")
         if path.resolve() == Path(out).resolve():
@@ -381,6 +438,7 @@ class Journal:
 
     def __init__(self, folder, settings, overwrite):
         self.path, self.overwrite, self.done = Path(folder) / "run.jsonl", overwrite, {}
+        self.settings = json.dumps(settings)
         if not overwrite and self.path.exists() and self.path.stat().st_size:
             try:
                 first, *lines = map(json.loads, self.path.read_text(encoding="utf-8").split("\n")[:-1])
@@ -393,7 +451,7 @@ class Journal:
                                  "or replace them with --overwrite")
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+            self.path.write_text(self.settings + "\n", encoding="utf-8")
 
     def covers(self, path, stem, formats):
         """Whether the image was done before. Raises: ValueError where its outputs are another image's."""
@@ -428,6 +486,22 @@ def show_progress(text):
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def is_slide(path, max_pixels):
+    """Whether slides.py takes the file: one of its formats, or an image too large for its outputs."""
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        return True
+    with naming(path, "image", "expected PNG, JPEG or TIFF"), open_image(path, max_pixels) as file:
+        return file.width * file.height > LARGE
+
+
+def gather(value):
+    """The list of what every process of a torchrun passes here; all wait for the last."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description="Finds, outlines and classifies the nuclei in H&E images.")
@@ -446,9 +520,14 @@ def parse_arguments(argv):
     option("--halo", type=int, default=HALO, help="margin read around a core, a multiple of 32: at "
            f"{HALO} the grid changes 0.1 %% of the nuclei, at 64 about 1 %% (default: {HALO})")
     option("--batch", type=int, default=1, help="tiles at once; memory grows with it (default: 1)")
+    option("--workers", type=int, help="processes that reconstruct beside the network (default: one a "
+           "core up to 8 for a GPU, else none: the network has all cores)")
+    option("--compile", action="store_true", help="torch.compile; a minute first, needs a C++ compiler")
     option("--formats", nargs="+", choices=FORMATS, default=["overlay", "geojson", "csv", "tif"],
-           help="files to write (default: all but json, HoVer-Net's, which repeats the others)")
-    option("--mpp", type=float, help="µm per pixel, for areas in µm² (default: the checkpoint's)")
+           help="files to write (default: all but npy, the label map too, and json, HoVer-Net's); "
+           "slides and images above 100 megapixels have neither tif nor json")
+    option("--mpp", type=float, help="µm per pixel of the image, which is resampled to the "
+           "checkpoint's (default: a slide's own, else the checkpoint's)")
     option("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images undecoded, "
            f"since an image is held in memory whole (default: {MAX_PIXELS})")
     return parser.parse_args(argv)
@@ -467,15 +546,26 @@ def prepare(args):
             raise ValueError(f"--classes has {len(names)} names; {args.checkpoint} has "
                              f"{model.config['num_classes']} classes")
         model.config |= {"class_names": names, "colors": class_colors(names)}
-    if args.mpp is not None:
+    if args.mpp is not None and args.export:
         model.config["mpp"] = args.mpp
     dtype = {"auto": pick_precision(device), "bf16": torch.bfloat16, "fp32": None}[args.precision]
     return model, dtype
 
 
-def main(argv=None):
-    """Runs the command; returns 0, 1 when an image failed, or 2 when the call makes no sense."""
-    args = parse_arguments(argv)
+def find_nuclei(path, model, args, mpp, **options):
+    """What the writers want of an image that fits into memory."""
+    image = read_image(path, args.max_pixels)
+    if args.mpp is None:
+        nuclei = predict(model, image, **options)
+    else:
+        from slides import predict_resampled
+        nuclei = predict_resampled(path, model, image, args.mpp, **options)
+    name = path.name.encode(errors="replace").decode()  # a name need not be valid text
+    return Result(name, image, nuclei, model.config["class_names"], model.config["colors"], mpp)
+
+
+def run(args, rank, ranks):
+    """Does all that is asked for, or this process's share; returns the exit code."""
     try:
         model, dtype = prepare(args)
         config = model.config
@@ -485,47 +575,82 @@ def main(argv=None):
             return 0
         if not args.images:
             raise ValueError("no image named; expected python infer.py image.png")
-        model = model.fuse(dtype)
-        images = find_images(args.images, args.out)
+        images, mpp = find_images(args.images, args.out), args.mpp or config["mpp"]
+        if rank:
+            gather(None)  # the first process opens the journal for all
         journal = Journal(args.out, {
-            "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(), "classes": config["class_names"], "mpp": config["mpp"],
-            "tile": args.tile, "halo": args.halo, "precision": str(dtype), "formats": args.formats,
-        }, args.overwrite)
+            "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+            "classes": config["class_names"], "mpp": mpp, "tile": args.tile, "halo": args.halo,
+            "precision": str(dtype), "formats": args.formats,
+        }, args.overwrite and not rank)
+        if not rank:
+            gather(None)
     except (ValueError, OSError) as error:
         print(f"error: {explain(error, '')}", file=sys.stderr)
         return 2
 
-    names, colors = config["class_names"], config["colors"]
-    if config["combine"] == "sum":
+    model = model.fuse(dtype)
+    device = next(model.parameters()).device
+    model = torch.compile(model) if args.compile else model
+    workers = min(os.cpu_count(), 8) * (device.type == "cuda") if args.workers is None else args.workers
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None  # the same on Windows
+    if config["combine"] == "sum" and not rank:
         print("density trained as a normalised sum: peaks are found by prominence, h = 0.15")
-    counts, pixels, failed, before, start = np.zeros(len(names), int), 0, 0, 0, time.perf_counter()
-    for number, (path, stem) in enumerate(images.items(), 1):
+    counts, pixels, failed, before = np.zeros(config["num_classes"], int), 0, 0, 0
+    start = time.perf_counter()
+    for number, (path, stem) in enumerate(images.items()):
+        options = {"tile": args.tile, "halo": args.halo, "batch": args.batch, "pool": pool,
+                   "progress": lambda done, tiles: show_progress(
+                       f"{path} ({number + 1} of {len(images)}): {done} of {tiles} tiles")}
+        mine = number % ranks == rank  # answers for this image; of a slide all take their tiles
         try:
-            if journal.covers(path, stem, args.formats):
-                before += 1
+            slide = is_slide(path, args.max_pixels)
+            if not mine and not slide:
                 continue
-            image = read_image(path, args.max_pixels)
-            nuclei = predict(model, image, tile=args.tile, halo=args.halo, batch=args.batch,
-                             progress=lambda done, tiles: show_progress(
-                                 f"{path} ({number} of {len(images)}): {done} of {tiles} tiles"))
-            name = path.name.encode(errors="replace").decode()  # a name need not be valid text
-            result = Result(name, image, nuclei, names, colors, config["mpp"])
-            write_outputs(args.out, stem, result, args.formats)
-            journal.add()
+            if slide:
+                import slides  # needed by few, and asks for OpenSlide
+            formats = slides.choose(path, args.formats) if slide else args.formats
+            if journal.covers(path, stem, formats):
+                before += mine
+                continue
+            if slide:
+                result = slides.process(path, stem, model, args, journal, (rank, ranks, mine), formats, **options)
+            else:
+                result = find_nuclei(path, model, args, mpp, **options)
+                write_outputs(args.out, stem, result, formats)
+            if mine:
+                journal.add()
+                counts += result.counts()
+                pixels += math.prod(result.shape)
         except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             show_progress("")
-            print(f"error: {explain(error, path)}", file=sys.stderr)
-            failed += 1
-        else:
-            counts += result.counts()
-            pixels += nuclei.inst_map.size
+            if mine:
+                print(f"error: {explain(error, path)}", file=sys.stderr)
+            failed += mine
     show_progress("")
-    classes = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts))
-    print(f"{counts.sum():,} nuclei ({classes}) in {len(images) - failed - before} of {len(images)} images, "
-          f"{failed} failed, {before} done before; {pixels / 1e6:.2f} megapixels in "
-          f"{time.perf_counter() - start:.1f} s; written to {args.out}; "
-          f"licence of the weights: {config['licence'] or 'not stated'}")
+    if pool:
+        pool.shutdown()
+    counts, pixels, failed, before = map(sum, zip(*gather((counts, pixels, failed, before))))
+    if not rank:
+        classes = ", ".join(f"{name} {n:,}" for name, n in zip(config["class_names"], counts))
+        print(f"{counts.sum():,} nuclei ({classes}) in {len(images) - failed - before} of {len(images)} images, "
+              f"{failed} failed, {before} done before; {pixels / 1e6:.2f} megapixels in "
+              f"{time.perf_counter() - start:.1f} s; written to {args.out}; "
+              f"licence of the weights: {config['licence'] or 'not stated'}")
     return 1 if failed else 0
+
+
+def main(argv=None):
+    """Runs the command; returns 0, 1 when an image failed, or 2 when the call makes no sense."""
+    args = parse_arguments(argv)
+    rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if ranks == 1:
+        return run(args, rank, ranks)
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first to finish waits
+    try:
+        return run(args, rank, ranks)
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
