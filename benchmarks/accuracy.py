@@ -215,10 +215,10 @@ def hue_shift(image, degrees):
 
 
 STRENGTHS = (0.5, 0.75, 1.25, 1.5)  # train.py's variation covers 0.7 to 1.3, and no hue
-SHIFTS = {  # form of a row's name -> amounts, function of (image, amount)
+SHIFTS = {  # form of a row (the font of Pillow lacks ×) -> amounts, function of (image, amount)
     "unshifted": ((0,), lambda image, _: image),
-    "haematoxylin ×{:g}": (STRENGTHS, lambda image, k: stain_shift(image, (k, 1, 1), np.zeros(3))),
-    "eosin ×{:g}": (STRENGTHS, lambda image, k: stain_shift(image, (1, k, 1), np.zeros(3))),
+    "haematoxylin x{:g}": (STRENGTHS, lambda image, k: stain_shift(image, (k, 1, 1), np.zeros(3))),
+    "eosin x{:g}": (STRENGTHS, lambda image, k: stain_shift(image, (1, k, 1), np.zeros(3))),
     "hue {:+g}°": ((-30, -15, 15, 30), hue_shift),
 }
 
