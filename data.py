@@ -500,6 +500,9 @@ class Crops(torch.utils.data.Dataset):
         self.crop, self.seed, self.density, self.augmentation = crop, seed, (sigma, combine), augmentation
         self.cache, self.cache_size = {}, cache  # the last images read, in each worker
 
+    def __getstate__(self):
+        return self.__dict__ | {"cache": {}}  # a spawned worker would get every image in it through a pipe
+
     def pick(self, n):
         """Crop n's random generator, and which image (part, i) it is cut from."""
         rng = np.random.default_rng((self.seed, n))

@@ -464,8 +464,8 @@ def load_model(path, device="cpu"):
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     if not isinstance(state, dict):
         raise ValueError(f"{path}: its weights are {type(state).__name__}; expected a dict of tensors")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)).replace(".timm_model.", "."): v
-             for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)).replace(".timm_model.", "."): v for k, v in state.items()
+             if isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu" and not v.is_complex()}
     config = checkpoint["model_config"] if ours else recognise(path, state)
     try:
         model = DualUNet(**config)

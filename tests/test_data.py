@@ -7,8 +7,10 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import io, ndimage
+from torch.utils.data import DataLoader
 
 import dualunet
 from data import (
@@ -261,6 +263,16 @@ def test_crops_depend_on_seed_and_number_alone(tissue):
     image, type_map, density = crops[7]
     assert image.shape == (3, 64, 64) and type_map.shape == (64, 64) and density.shape == (1, 64, 64)
     assert crops.name(7) == "tile"
+
+
+def test_worker_processes_may_be_spawned():
+    source = open_source("synthetic", count=2, size=64)
+    crops = Crops([(source, [0, 1], 1.0)], source.class_names, crop=32)
+    alone = list(DataLoader(crops, 2, sampler=range(4)))
+    assert crops.cache and not pickle.loads(pickle.dumps(crops)).cache  # images are not sent along
+    spawned = DataLoader(crops, 2, sampler=range(4), num_workers=1, multiprocessing_context="spawn")
+    for a, b in zip(alone, spawned, strict=True):
+        assert all(map(torch.equal, a, b))
 
 
 def test_classes_meet_by_name():

@@ -198,6 +198,9 @@ def test_wrong_files_end_in_a_sentence(tmp_path):
         "size.pt": (lambda p: torch.save(state | {"count_head.0.bias": torch.ones(2)}, p),
                     r"count_head.0.bias is \(2,\), expected \(1,\)"),
     }
+    conv = "encoder.conv1.weight"
+    for kind, odd in (("sparse", state[conv].to_sparse()), ("complex", state[conv] * 1j), ("meta", state[conv].to("meta"))):
+        cases[f"{kind}.pt"] = (lambda p, odd=odd: torch.save(state | {conv: odd}, p), f"missing {conv}")
     for name, (write, words) in cases.items():
         write(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}.*{words}"):
