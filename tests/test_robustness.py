@@ -16,7 +16,8 @@ from data import synthetic_tissue
 from dualunet import DualUNet, save_checkpoint
 from infer import predict
 from metrics import compare
-from test_infer import Lookup
+from postprocess import reconstruct
+from test_infer import Lookup, field
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from robustness import Fuzz
@@ -83,6 +84,13 @@ def test_one_nucleus_may_fill_the_image():
     model = Lookup(np.ones((64, 64), np.uint8), np.exp(-np.hypot(y - 20, x - 40) / 50).astype(np.float32))
     nuclei = predict(model, model.image, tile=64, halo=32)
     assert nuclei.peaks.tolist() == [[20, 40]] and (nuclei.inst_map == 1).all()
+
+
+def test_a_line_of_100_000_pixels_has_the_nuclei_of_its_maps():
+    maps = field(1, 100_000, 400)
+    model, whole = Lookup(*maps), reconstruct(*maps)
+    nuclei = predict(model, model.image, tile=4096, halo=32)
+    assert len(whole.areas) > 200 and np.array_equal(nuclei.inst_map, whole.inst_map)
 
 
 def test_batch_and_tile_size_leave_the_nuclei_alone(network):
