@@ -97,12 +97,14 @@ def test_plateaus_go_to_the_nearest_marker():
     assert np.all(labels[:, :12] == 7) and np.all(labels[:, 13:] == 3)
 
 
-def test_over_equal_passes_the_lower_side_comes_first():
-    relief, markers = np.array([[9, 0, 9], [1, 5, 2], [9, 9, 9]]), np.array([[0, 0, 0], [7, 0, 3], [0, 0, 0]])
+def test_a_pass_goes_to_the_side_that_reaches_it_first():
+    relief, markers = np.full((3, 4), 9), np.zeros((3, 4), int)
+    relief[1], relief[0, 2], markers[1, [0, 3]] = (1, 4, 5, 2), 0, (7, 3)
     for turn in range(4):
         for view in (np.rot90, lambda a, k: np.rot90(a.T, k)):
-            labels = watershed(view(relief, turn), view(markers, turn), np.ones((3, 3)))
-            assert labels[view(relief, turn) == 0] == 7  # the pit, behind the pass of height 5
+            seen = view(relief, turn)
+            labels = watershed(seen, view(markers, turn), np.ones(seen.shape))
+            assert labels[seen == 0] == 3  # the pit behind the pass of 5, which is reached from 2 before from 4
 
 
 def test_the_shortcut_for_a_single_marker_changes_nothing():
@@ -173,6 +175,7 @@ def test_prominence_counts_from_the_pass_and_includes_h():
     assert columns(1, False) == [3] and columns(1.01, False) == []
     density *= 0.5
     assert columns(0.126, False) == [3] != columns(0.126, True) == [1, 3, 7]
+    assert prominent_peaks(density)[:, 1].tolist() == [1, 3, 7]  # h = 0.15 of the stretched map
     density[0, 0] = -0.5  # the range stays 1 above it, now stretched to [-1, 1]
     assert columns(0.25, True) == [1, 3, 7] and columns(0.26, True) == [3]
     assert prominent_peaks(np.eye(4, dtype=np.uint8)).tolist() == [[0, 0]]  # 8-connected, any type
@@ -228,6 +231,16 @@ def test_debris_lone_pixels_and_peaks_on_background_are_dropped():
     spike = (np.indices((9, 9)) == 4).all(axis=0) * 1.0
     assert len(reconstruct(np.ones((9, 9), int), spike).areas) == 0  # smoothed to 0.16
     assert len(reconstruct(np.ones((9, 9), int), spike, smooth=0).areas) == 1
+
+
+def test_peaks_are_taken_as_the_defaults_say():
+    density = np.zeros((20, 40))
+    density[5, [5, 15, 25, 28]] = 0.31, 0.29, 0.5, 0.5
+    density[15, [10, 30]] = 0.16, 0.14
+    highest = [[5, 5], [5, 25], [5, 28]]  # threshold 0.3, min_distance 2
+    for combine, peaks in (("max", highest), ("sum", sorted([*highest, [5, 15], [15, 10]]))):  # h 0.15
+        nuclei = reconstruct(np.ones(density.shape, int), density, combine=combine, smooth=0)
+        assert nuclei.peaks.tolist() == peaks
 
 
 def test_measure_takes_the_majority_and_survives_an_id_without_pixels():
