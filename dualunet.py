@@ -434,11 +434,13 @@ def recognise(path, state):
     Raises: ValueError naming the keys that keep the closest of ENCODERS from fitting.
     """
     try:
-        num_classes = state["segmentation_head.0.weight"].shape[0] - 1
-        channels = tuple(state[f"decoder.blocks.{i}.conv1.0.weight"].shape[0] for i in range(5))
+        num_classes = state["segmentation_head.0.weight"].shape[:1].numel() - 1
+        channels = tuple(state[f"decoder.blocks.{i}.conv1.0.weight"].shape[:1].numel() for i in range(5))
     except KeyError as error:
         raise ValueError(f"{path}: no key {error}, so this is no DualU-Net; for an ImageNet encoder "
                          "use train.py --encoder-weights") from None
+    if not all(0 < size < 2**16 for size in (num_classes, *channels)):
+        raise ValueError(f"{path}: its sizes give {num_classes} classes and decoder channels {channels}; copy it again")
     candidates = []
     for encoder in ENCODERS:
         config = {"num_classes": num_classes, "encoder": encoder, "decoder_channels": channels}

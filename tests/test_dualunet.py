@@ -201,6 +201,9 @@ def test_wrong_files_end_in_a_sentence(tmp_path):
     conv = "encoder.conv1.weight"
     for kind, odd in (("sparse", state[conv].to_sparse()), ("complex", state[conv] * 1j), ("meta", state[conv].to("meta"))):
         cases[f"{kind}.pt"] = (lambda p, odd=odd: torch.save(state | {conv: odd}, p), f"missing {conv}")
+    for kind, odd in (("scalar", torch.zeros(())), ("empty", state["segmentation_head.0.weight"][:0]),
+                      ("huge", torch.zeros(1).expand(2**40))):
+        cases[f"{kind}.pt"] = (lambda p, odd=odd: torch.save(state | {"segmentation_head.0.weight": odd}, p), "copy it again")
     for name, (write, words) in cases.items():
         write(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}.*{words}"):
