@@ -88,17 +88,21 @@ def read_window(image, y0, x0, y1, x1):
     return pixels[rows - top][:, columns - left]
 
 
-def predict_maps(model, images, *, dtype=None):
+def predict_maps(model, images, *, dtype=None, flips=False):
     """What the network says of a batch: what reconstruction needs, no more.
 
-    images: (N, H, W, 3) uint8. dtype: None, or the half precision to compute in.
+    images: (N, H, W, 3) uint8. dtype: None, or the half precision to compute in. flips: mean of four views.
     Returns type_map (N, H, W) uint8, probability (N, K+1, H, W) and density (N, H, W) float32.
     """
     device = next(model.parameters()).device
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-        images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # (N, 3, H, W)
-        logits, density = model(images.float() / 255)
-        maps = logits.argmax(1).to(torch.uint8), logits.float().softmax(1), density[:, 0].float()
+        images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255  # (N, 3, H, W)
+        views = ((), (2,), (3,), (2, 3)) if flips else ((),)
+        both = 0  # probability and density
+        for axes in views:
+            logits, density = model(images.flip(axes))
+            both += torch.cat([logits.float().softmax(1), density.float()], dim=1).flip(axes) / len(views)
+        maps = both[:, :-1].argmax(1).to(torch.uint8), both[:, :-1], both[:, -1]
         return tuple(values.cpu().numpy() for values in maps)
 
 
@@ -132,8 +136,8 @@ def ahead(submit, items, depth):
         yield waiting.popleft().result()
 
 
-def predict_tiles(model, image, *, cores=None, tile=TILE, halo=HALO, batch=1, dtype=None, pool=None,
-                  **options):
+def predict_tiles(model, image, *, cores=None, tile=TILE, halo=HALO, batch=1, dtype=None, flips=False,
+                  pool=None, **options):
     """Yields the nuclei that each tile owns; arguments as in `predict`.
 
     cores: those of `tile_cores` to look at (default: all).
@@ -157,7 +161,7 @@ def predict_tiles(model, image, *, cores=None, tile=TILE, halo=HALO, batch=1, dt
     def jobs():
         with ThreadPoolExecutor(1) as reader:  # reads while the network computes
             for cores, windows in ahead(partial(reader.submit, read), batches, 1):
-                for core, *maps in zip(cores, *predict_maps(model, windows, dtype=dtype)):
+                for core, *maps in zip(cores, *predict_maps(model, windows, dtype=dtype, flips=flips)):
                     yield core, halo, image.shape, *maps, options
 
     if pool is None:
@@ -193,21 +197,22 @@ def give_way(nuclei, taken):
     return select(measured, 2 * measured.areas > nuclei.areas)
 
 
-def predict(model, image, *, tile=TILE, halo=HALO, batch=1, dtype=None, pool=None, progress=None,
-            **options):
+def predict(model, image, *, tile=TILE, halo=HALO, batch=1, dtype=None, flips=False, pool=None,
+            progress=None, **options):
     """All nuclei of an image of any size, ids in the scan order of the peaks.
 
     image: anything with `.shape` (H, W, 3) and `image[y0:y1, x0:x1]` -> uint8 RGB.
     tile, halo: side of a tile's core and the margin read around it, multiples of 32.
     batch: tiles that the network takes at once. dtype: None, or half precision by autocast.
+    flips: the network sees every tile in four mirrorings, whose mean counts: better, four times the time.
     pool: an executor that reconstructs while a GPU computes (default: in turn, best on a CPU).
     progress: called with the tiles done and their number. options: those of `reconstruct`.
     From given maps every tile size makes the same nuclei, while no cluster outgrows the halo.
     Raises: ValueError for a grid or a shape that does not fit.
     """
     inst_map, found, count = np.zeros(image.shape[:2], np.int32), [], 0
-    tiles = predict_tiles(model, image, tile=tile, halo=halo, batch=batch, dtype=dtype, pool=pool,
-                          **options)
+    tiles = predict_tiles(model, image, tile=tile, halo=halo, batch=batch, dtype=dtype, flips=flips,
+                          pool=pool, **options)
     for done, ((y, x), nuclei) in enumerate(tiles, 1):
         height, width = nuclei.inst_map.shape
         target = inst_map[y:y + height, x:x + width]
@@ -253,10 +258,10 @@ class Result:
         return np.bincount(self.nuclei.classes, minlength=len(self.class_names) + 1)[1:].tolist()
 
     def rows(self):
-        """Plain (id, x, y, class id, probability, area in px, area in µm² or None) a nucleus."""
+        """Plain (id, x, y, class id, probability or None, area in px, area in µm² or None) a nucleus."""
         n = self.nuclei
         y, x = n.centroids.T.round(2).tolist()
-        probabilities = n.probabilities.astype(float).round(4).tolist()
+        probabilities = [None if math.isnan(p) else p for p in n.probabilities.astype(float).round(4).tolist()]
         um2 = [None] * len(x) if self.mpp is None else (n.areas * self.mpp**2).round(3).tolist()
         ids = range(1, len(x) + 1)
         return zip(ids, x, y, n.classes.tolist(), probabilities, n.areas.tolist(), um2)
@@ -371,6 +376,8 @@ def write_outputs(folder, stem, result, formats, writers=FORMATS):
     try:
         for name, part in zip(formats, parts):
             writers[name][1](part, result)
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
         for part, path in zip(parts, paths):
             os.replace(part, path)
     finally:
@@ -425,7 +432,7 @@ def pick_precision(device):
     """bfloat16 where the processor computes in it, else None; for `dtype`."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # torch 2.6
     return torch.bfloat16 if any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16"))) else None
 
 
@@ -441,7 +448,11 @@ class Journal:
         self.settings = json.dumps(settings)
         if not overwrite and self.path.exists() and self.path.stat().st_size:
             try:
-                first, *lines = map(json.loads, self.path.read_text(encoding="utf-8").split("\n")[:-1])
+                text = self.path.read_bytes()
+                whole = text[:text.rfind(b"\n") + 1]  # without a line that a full disk or a kill cut short
+                first, *lines = map(json.loads, whole.splitlines())
+                if whole != text:
+                    self.path.write_bytes(whole)
                 self.done = dict(lines)
                 differing = [k for k, v in settings.items() if first.get(k) != v]
             except (ValueError, TypeError, AttributeError):
@@ -520,6 +531,7 @@ def parse_arguments(argv):
     option("--halo", type=int, default=HALO, help="margin read around a core, a multiple of 32: at "
            f"{HALO} the grid changes 0.1 %% of the nuclei, at 64 about 1 %% (default: {HALO})")
     option("--batch", type=int, default=1, help="tiles at once; memory grows with it (default: 1)")
+    option("--flips", action="store_true", help="mean over four mirrorings: better, four times the time")
     option("--workers", type=int, help="processes that reconstruct beside the network (default: one a "
            "core up to 8 for a GPU, else none: the network has all cores)")
     option("--compile", action="store_true", help="torch.compile; a minute first, needs a C++ compiler")
@@ -581,7 +593,7 @@ def run(args, rank, ranks):
         journal = Journal(args.out, {
             "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
             "classes": config["class_names"], "mpp": mpp, "tile": args.tile, "halo": args.halo,
-            "precision": str(dtype), "formats": args.formats,
+            "precision": str(dtype), "flips": args.flips, "formats": args.formats,
         }, args.overwrite and not rank)
         if not rank:
             gather(None)
@@ -599,7 +611,7 @@ def run(args, rank, ranks):
     counts, pixels, failed, before = np.zeros(config["num_classes"], int), 0, 0, 0
     start = time.perf_counter()
     for number, (path, stem) in enumerate(images.items()):
-        options = {"tile": args.tile, "halo": args.halo, "batch": args.batch, "pool": pool,
+        options = {"tile": args.tile, "halo": args.halo, "batch": args.batch, "flips": args.flips, "pool": pool,
                    "progress": lambda done, tiles: show_progress(
                        f"{path} ({number + 1} of {len(images)}): {done} of {tiles} tiles")}
         mine = number % ranks == rank  # answers for this image; of a slide all take their tiles

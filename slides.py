@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.spatial import cKDTree
 
-from data import naming, read_image
+from data import MAX_PIXELS, naming, read_image
 from infer import (
     FORMATS, SLIDE_SUFFIXES, Result, core_size, explain, gather, legend, measure_anew, predict, predict_tiles, select,
     tile_cores, write_csv, write_geojson, write_outputs
@@ -122,7 +122,7 @@ class Slide:
     full: (H, W) of the picture; mpp: its µm per pixel or None; scale: its pixels to one pixel here.
     """
 
-    def __init__(self, path, *, mpp=None, wanted=None, max_pixels=2**30):
+    def __init__(self, path, *, mpp=None, wanted=None, max_pixels=MAX_PIXELS):
         self.levels, own = open_levels(path, max_pixels)
         self.full, self.mpp = self.levels[0][1], mpp or own
         if wanted and not self.mpp and len(self.levels) > 1:
@@ -176,6 +176,8 @@ def save_tile(path, core, origin, nuclei, slide):
     with open(part, "wb") as file:
         np.savez_compressed(file, origin=origin, inner=inner, lengths=[len(ring) for ring in rings],
                             rings=np.concatenate([np.zeros((0, 2), int), *rings]), **nuclei._asdict())
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 

@@ -89,6 +89,7 @@ def parse_options(argv=None):
     add("--check-data", action="store_true", help="no training: read all of --data and list every problem")
     add("--evaluate", metavar="CHECKPOINT", help="no training: score it, or a folder that infer.py wrote")
     add("--all", action="store_true", help="evaluate all images, not the checkpoint's validation images alone")
+    add("--flips", action="store_true", help="evaluate with the mean over four mirrorings, as infer.py --flips")
     add("--worst", 3, help="images that --evaluate draws, truth beside prediction")
     if parser.parse_known_args(argv)[0].published:
         parser.set_defaults(**PUBLISHED)
@@ -161,10 +162,10 @@ def score_source(source, indices, class_names, find):
     return scores
 
 
-def finder(model, precision):
-    """The function that `score_source` asks for the nuclei of an image."""
+def finder(model, precision, **options):
+    """The function that `score_source` asks for the nuclei of an image; options are `predict`'s."""
     def find(i, image):
-        nuclei = predict(model, image, dtype=precision)
+        nuclei = predict(model, image, dtype=precision, **options)
         return nuclei.inst_map, nuclei.classes
 
     return find
@@ -378,6 +379,9 @@ def train(options):
         model.load_state_dict(saved["training"])
         average.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        if rank == 0:  # a kill between last.pt and these may have cost them
+            report(out, state["records"], held)
+            draw_preview(average.eval(), *next(iter(held.values())), out / "preview.png", dtype=precision)
     network = model if world == 1 else torch.nn.parallel.DistributedDataParallel(model)
     began = time.monotonic()
 
@@ -457,6 +461,8 @@ def print_table(summary, class_names):
     row("all nuclei", "", pooled["dq"], pooled["sq"], pooled["pq"])
     print("mean f1, 95 % of bootstraps over images: {:.3f} to {:.3f}".format(*low_high))
     print(f"\n{pannuke['protocol']}: bPQ {pannuke['bpq']:.3f}, mPQ {pannuke['mpq']:.3f}")
+    if empty := [summary["names"][n] for n in summary["images_without_truth"]]:
+        print(f"no nucleus in the truth, so no DQ, SQ, PQ: {', '.join(empty)}")
 
 
 def evaluate(options):
@@ -473,7 +479,7 @@ def evaluate(options):
         precision = {"auto": pick_precision(device), "bf16": torch.bfloat16, "fp32": None}[options.precision]
         model = load_model(options.evaluate, device).fuse(precision)
         split, class_names = read_checkpoint(options.evaluate).get("split", split), model.config["class_names"]
-        find = finder(model, None)
+        find = finder(model, None, flips=options.flips)
 
     wanted = options.val or ([] if options.all else split["val"])
     indices = [i for i, name in enumerate(source.names) if not wanted or name in wanted]

@@ -1,7 +1,8 @@
 """How fast DualU-Net is beside its peers: ratios from one run, as a table, JSON and a plot.
 
     pip install -r benchmarks/requirements.txt      # scikit-image, for the published recipe alone
-    python benchmarks/speed.py                      # about 20 minutes on two idle cores
+    python benchmarks/speed.py                      # about half an hour on two idle cores
+    python benchmarks/speed.py --sections agreement --images CoNSeP/Test/Images
     python benchmarks/speed.py --sections network whole --device cuda
 
 What is compared takes turns in one process, so that a busy machine slows all alike, and medians
@@ -19,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules are 
 
 import infer
 import peers
-from data import SYNTHETIC_CLASSES, centroids_of, density_map, synthetic_tissue
+from data import IMAGE_SUFFIXES, SYNTHETIC_CLASSES, centroids_of, density_map, read_image, synthetic_tissue
 from dualunet import DualUNet, load_model, save_checkpoint
 from metrics import compare
 from postprocess import find_peaks, prominent_peaks, reconstruct, watershed
@@ -249,6 +251,39 @@ def whole(args):
               one / (seconds["network"] + seconds["reconstruct"]), 1.25, "halo included")
 
 
+# ---------------------------------------------------------------- agreement
+
+
+def agreement(args):
+    """Images under each option of infer.py: the time, and how many nuclei stay those of eager fp32."""
+    side = 128 if args.quick else 1024
+    paths = sorted(p for p in args.images.iterdir() if p.suffix in IMAGE_SUFFIXES) if args.images else []
+    images = [read_image(path) for path in paths[:4]] or [synthetic_tissue(8, side)[0]]
+    model = load_model(args.checkpoint, args.device)
+    eager, fused, half = "eager fp32, tiles of 1024", model.fuse(), model.fuse(torch.bfloat16)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        cases = {
+            eager: (model, {}), "fused fp32": (fused, {}), "fused bf16": (half, {}),
+            "fused fp32, tiles of 256": (fused, {"tile": 256}),
+            "fused fp32, tiles of 256 in batches of 4": (fused, {"tile": 256, "batch": 4}),
+            "fused fp32, two workers": (fused, {"pool": pool}),
+        }
+        if args.compile:
+            cases["fused fp32, compiled"] = torch.compile(fused), {}
+        found, seconds = {}, {}
+        for what, (form, options) in cases.items():
+            infer.predict(form, images[0][:64, :64], **options)  # starts workers, compiles
+            start = time.perf_counter()
+            found[what] = [infer.predict(form, image, **options).inst_map for image in images]
+            seconds[what] = time.perf_counter() - start
+    for what, maps in found.items():
+        pairs = [compare(*both) for both in zip(found[eager], maps)]
+        matched = sum(np.count_nonzero(pair.iou > 0.5) for pair in pairs)
+        f1 = 2 * matched / sum(len(pair.true_area) + len(pair.pred_area) for pair in pairs)
+        total = sum(len(pair.true_area) for pair in pairs)
+        yield Row(what, eager, seconds[what] / seconds[eager], None, f"F1 {f1:.4f} of {total:,} nuclei")
+
+
 # ---------------------------------------------------------------- area
 
 
@@ -257,24 +292,27 @@ def memory(field):
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
-def cost(job, side, checkpoint):
+def cost(job, side, args):
     """Median seconds of a job, and MB at its peak beyond model and input; in a fresh process."""
     tile, seconds = min(side, 1024), []
     if job == "reconstruct":
         _, types, unit, _ = crowded_maps(tile)
         types, unit = (Repeated(values, side)[0:side, 0:side] for values in (types, unit))
-    else:
-        model = load(checkpoint, "cpu")
-        image = Repeated(synthetic_tissue(8, tile)[0], side)
+        call = partial(reconstruct, types, unit)
+    else:  # infer.py on an array on disk: tiles wait there, and are merged
+        path, image = Path(args.folder) / "slide.npy", Repeated(synthetic_tissue(8, tile)[0], side)
+        array = np.lib.format.open_memmap(path, "w+", np.uint8, (side, side, 3))
+        for y in range(0, side, tile):
+            array[y:y + tile] = image[y:min(y + tile, side), 0:side]
+        del array
+        held_model = load(args.checkpoint, "cpu")  # not counted
+        held_model(torch.zeros(1, 3, 32, 32))
+        call = partial(command, str(path), args)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     held = memory("VmRSS")
-    for _ in range(max(1, 4096 // side)):  # small areas need a median
+    for _ in range(args.repeats if side < 4096 else 1):  # small areas need a median
         start = time.perf_counter()
-        if job == "reconstruct":
-            reconstruct(types, unit)
-        else:
-            for _ in infer.predict_tiles(model, image):
-                pass  # a slide's nuclei are written as they come
+        call()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), memory("VmHWM") - held
 
@@ -304,15 +342,15 @@ def plot(path, curves):
 
 
 def area(args):
-    """Time and memory against area: reconstruction in one call, and the whole by tiles."""
-    sides, first = ((128, 256), 256) if args.quick else ((512, 1024, 2048, 4096, 8192), 1024)
-    jobs = "reconstruct", "predict_tiles"
-    tasks = [(job, side, args.checkpoint) for job in jobs for side in sides]
-    with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
-        costs = dict(zip(tasks, pool.starmap(cost, tasks, chunksize=1)))
+    """Time and memory against area: reconstruction in one call, and a slide from file to files."""
+    sides = (128, 256) if args.quick else (512, 1024, 2048, 4096, 8192)
+    tasks = [("reconstruct", side) for side in sides] + [("slide", side) for side in args.slides or sides]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        costs = dict(zip(tasks, pool.starmap(cost, [(*task, args) for task in tasks], chunksize=1)))
     curves = {}
-    for (job, side, checkpoint), (seconds, megabytes) in costs.items():
-        size, ratio = side**2 / 2**20, seconds / costs[job, first, checkpoint][0]
+    for (job, side), (seconds, megabytes) in costs.items():
+        first = sides[1] if job == "reconstruct" or not args.slides else args.slides[0]
+        size, ratio = side**2 / 2**20, seconds / costs[job, first][0]
         curves.setdefault(job, []).append((size, ratio * (first / side) ** 2, megabytes))
         goal = 70 if (job, side) == ("reconstruct", 8192) else None
         note = f"{megabytes:,.0f} MB"
@@ -322,7 +360,7 @@ def area(args):
 
 # ---------------------------------------------------------------- command line
 
-SECTIONS = {section.__name__: section for section in (network, reconstruction, whole, area)}
+SECTIONS = {section.__name__: section for section in (network, reconstruction, agreement, whole, area)}
 
 
 def parse_arguments(argv):
@@ -332,6 +370,9 @@ def parse_arguments(argv):
     option("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     option("--device", default="cpu", help="cpu or cuda, for network and whole (default: cpu)")
     option("--compile", action="store_true", help="torch.compile too; needs a C++ compiler")
+    option("--images", type=Path, help="folder whose first four images agreement takes (default: synthetic)")
+    option("--slides", type=int, nargs="+", help="sides in pixels of area's slides, such as 5000 20000, "
+           "the first the base (default: those of reconstruct)")
     option("--repeats", type=int, default=5, help="turns, whose median counts (default: 5)")
     option("--out", type=Path, default=Path(__file__).with_suffix(".json"),
            help="JSON file, the plot beside it (default: benchmarks/speed.json)")

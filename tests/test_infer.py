@@ -2,7 +2,11 @@
 
 import csv
 import json
+import shutil
 import uuid
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from torch import nn
 import infer
 from dualunet import DualUNet, load_model, save_checkpoint
 from infer import predict, predict_tiles, read_window
+from metrics import compare
 from postprocess import contours, measure, reconstruct
 
 NAMES, COLORS = ["plain", 'a "quoted", name', "ünïcode"], [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -112,6 +117,43 @@ def test_a_network_shows_the_grid_hardly(network):
     whole, tiled = (predict(network, image, tile=tile, batch=2, threshold=-9) for tile in (128, 64))
     assert len(whole.areas) > 20
     assert abs(len(whole.areas) - len(tiled.areas)) <= 1 + 0.02 * len(whole.areas)
+
+
+@pytest.fixture(scope="module")
+def shipped(root, tissue):
+    """The shipped network, an image, and its nuclei in fp32 and one pass."""
+    model, image = load_model(root / "weights" / "consep.pt"), tissue[0][:128]
+    nuclei = predict(model, image, halo=32)
+    assert len(nuclei.areas) > 15
+    return model, image, nuclei
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("option", ["fused", "bf16", "batch", "workers", "compiled"])
+def test_every_option_finds_the_same_nuclei(shipped, option):
+    model, image, expected = shipped
+    model = model.fuse(torch.bfloat16 if option == "bf16" else None)
+    options = {"tile": 128, "halo": 128, "batch": 2} if option == "batch" else {"halo": 32}
+    if option == "compiled":
+        if not shutil.which("g++"):
+            pytest.skip("torch.compile needs a C++ compiler")
+        model = torch.compile(model)
+    with ProcessPoolExecutor(1, get_context("spawn")) if option == "workers" else nullcontext() as pool:
+        found = predict(model, image, pool=pool, **options)
+    pair = compare(expected.inst_map, found.inst_map)
+    same = 2 * (pair.iou > 0.5).sum() / (len(pair.true_area) + len(pair.pred_area))
+    assert same >= (0.9 if option in ("bf16", "batch") else 0.999)  # of twenty nuclei
+    if option == "workers":
+        assert all(map(np.array_equal, found, predict(model, image, **options)))
+
+
+def test_flips_are_the_mean_over_four_mirrorings(network):
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
+    _, probability, density = infer.predict_maps(network, image, flips=True)
+    views = {axes: infer.predict_maps(network, np.flip(image, axes).copy()) for axes in ((), (1,), (2,), (1, 2))}
+    for got, k, shift in ((probability, 1, 1), (density, 2, 0)):
+        expected = np.mean([np.flip(maps[k], [a + shift for a in axes]) for axes, maps in views.items()], axis=0)
+        assert np.allclose(got, expected, atol=1e-6) and not np.allclose(got, views[()][k], atol=1e-6)
 
 
 def test_windows_continue_the_image_as_numpy_reflects_it():
@@ -264,6 +306,18 @@ def test_no_nuclei_and_no_resolution_are_written_too(tmp_path, count):
     assert len(features) == len(rows) == count == found.nuclei.inst_map.max()
     assert "area_um2" not in str(features) and all(row.endswith(",") for row in rows)
     assert json.loads((tmp_path / "a_nuclei.json").read_text())["mag"] is None
+
+
+def test_unknown_probabilities_are_left_out(result, tmp_path):
+    nuclei = result.nuclei._replace(probabilities=np.full(len(result.nuclei.areas), np.nan, np.float32))
+    found = infer.Result("a.png", result.image, nuclei, NAMES, COLORS, 0.5)
+    infer.write_outputs(tmp_path, "a", found, ["geojson", "csv", "json"])
+    for suffix in ("geojson", "json"):
+        text = (tmp_path / f"a_nuclei.{suffix}").read_text(encoding="utf-8")
+        json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
+    assert "class_probability" not in (tmp_path / "a_nuclei.geojson").read_text(encoding="utf-8")
+    rows = csv.DictReader((tmp_path / "a_nuclei.csv").read_text(encoding="utf-8").splitlines())
+    assert {row["class_probability"] for row in rows} == {""}
 
 
 def test_a_writer_that_fails_leaves_the_old_files_alone(result, tmp_path, monkeypatch):
