@@ -373,11 +373,15 @@ def write_outputs(folder, stem, result, formats, writers=FORMATS):
     """Writes all formats under temporary names and renames them only when all are complete."""
     paths = [Path(folder) / f"{stem}{writers[name][0]}" for name in formats]
     parts = [path.with_name(f".{path.name}.part") for path in paths]
+
+    def write(name, part):
+        writers[name][1](part, result)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+
     try:
-        for name, part in zip(formats, parts):
-            writers[name][1](part, result)
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
+        with ThreadPoolExecutor() as pool:  # compression leaves the other cores to the others
+            list(pool.map(write, formats, parts))  # raises what they raise
         for part, path in zip(parts, paths):
             os.replace(part, path)
     finally:

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+import zipfile
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -192,10 +193,13 @@ class Tiles:
 
     def load(self, path):
         """((y, x) where it begins, nuclei, outlines, which of them lie far from the core's border)."""
-        with naming(path, "tile", "delete it and run again"), np.load(path, allow_pickle=False) as arrays:
-            nuclei = Nuclei(*(arrays[name] for name in Nuclei._fields))
-            rings = np.split(arrays["rings"], np.cumsum(arrays["lengths"])[:-1])[:len(nuclei.areas)]
-            return arrays["origin"], nuclei, rings, arrays["inner"]
+        try:  # not `naming`: the warnings that it silences are those of all threads
+            with np.load(path, allow_pickle=False) as arrays:
+                nuclei = Nuclei(*(arrays[name] for name in Nuclei._fields))
+                rings = np.split(arrays["rings"], np.cumsum(arrays["lengths"])[:-1])[:len(nuclei.areas)]
+                return arrays["origin"], nuclei, rings, arrays["inner"]
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile):
+            raise ValueError(f"{path}: damaged; delete it and run again") from None
 
     def find_again(self):
         """{number of a file: rows} of nuclei that an earlier tile has as well."""
