@@ -501,11 +501,11 @@ def show_progress(text):
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def is_slide(path, max_pixels):
+def is_slide(path):
     """Whether slides.py takes the file: one of its formats, or an image too large for its outputs."""
     if path.suffix.lower() in SLIDE_SUFFIXES:
         return True
-    with naming(path, "image", "expected PNG, JPEG or TIFF"), open_image(path, max_pixels) as file:
+    with naming(path, "image", "expected PNG, JPEG or TIFF"), open_image(path, math.inf) as file:
         return file.width * file.height > LARGE
 
 
@@ -620,7 +620,7 @@ def run(args, rank, ranks):
                        f"{path} ({number + 1} of {len(images)}): {done} of {tiles} tiles")}
         mine = number % ranks == rank  # answers for this image; of a slide all take their tiles
         try:
-            slide = is_slide(path, args.max_pixels)
+            slide = is_slide(path)
             if not mine and not slide:
                 continue
             if slide:

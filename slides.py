@@ -293,8 +293,8 @@ def process(path, stem, model, args, journal, share, formats, *, progress, **opt
     key = hashlib.sha256((journal.settings + journal.pending).encode()).hexdigest()[:12]
     folder = Path(args.out) / f".{stem}.{key}"  # of this file under these settings, and no other
     try:
-        folder.mkdir(exist_ok=True)
         slide = Slide(path, mpp=args.mpp, wanted=config["mpp"], max_pixels=args.max_pixels)
+        folder.mkdir(exist_ok=True)
         cores = sorted(filter(slide.has_tissue, tile_cores(*slide.shape[:2], args.tile)), key=core_size)
         files = {core: folder / f"{core[0]}_{core[1]}.npz" for core in cores}
         own = [core for core in cores[rank::ranks] if not files[core].exists()]
