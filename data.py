@@ -450,18 +450,24 @@ def cut(sample, y0, x0, height, width):
     return image, inst_map.astype(np.int32), type_map
 
 
-def augment(sample, rng, crop, *, scale=1.25, blur=0.2, stain=1.0, margin=16):
+def augment(sample, rng, crop, *, scale=1.25, turn=45.0, blur=0.2, stain=1.0, margin=16):
     """A random crop of (image, inst_map, type_map), flipped, turned, scaled, blurred and stained anew.
 
-    scale: largest zoom in or out; blur: how often; stain: strength, 0 for none. The result is
-    crop + 2·margin wide, so that a nucleus cut by the crop keeps its true centroid.
+    scale: largest zoom in or out; turn: largest turn in degrees beyond the quarter turns; blur: how often;
+    stain: strength, 0 for none. The result is crop + 2·margin wide, so that a nucleus cut by the crop keeps
+    its true centroid.
     """
     side, zoom = crop + 2 * margin, np.exp(rng.uniform(-1, 1) * np.log(scale))
-    y0, x0 = (int(rng.integers(0, max(length - round(crop / zoom), 0) + 1)) - round(margin / zoom)
+    angle = math.radians(turn * rng.uniform(-1, 1))
+    c, s = math.cos(angle) / zoom, math.sin(angle) / zoom
+    window = math.ceil(side * (abs(c) + abs(s)))  # holds the turned square
+    y0, x0 = (int(rng.integers(0, max(length - round(crop / zoom), 0) + 1)) + (round(crop / zoom) - window) // 2
               for length in sample[1].shape)
-    sample = cut(sample, y0, x0, *[round(side / zoom)] * 2)
+    sample = cut(sample, y0, x0, window, window)
+    affine = c, -s, (window - side * (c - s)) / 2, s, c, (window - side * (s + c)) / 2  # from output to input x, y
     filters = Image.Resampling.BICUBIC, Image.Resampling.NEAREST, Image.Resampling.NEAREST
-    sample = [np.array(Image.fromarray(m).resize((side, side), f)) for m, f in zip(sample, filters)]
+    sample = [np.array(Image.fromarray(m).transform((side, side), Image.Transform.AFFINE, affine, f))
+              for m, f in zip(sample, filters)]
     turns, mirror = rng.integers(4), rng.integers(2)
     image, inst_map, type_map = (np.rot90(m[:, ::-1] if mirror else m, turns) for m in sample)
     if rng.random() < blur:

@@ -105,13 +105,18 @@ def watershed(relief, markers, mask):
     label[owner] = marker
     inst_map = label[components]  # final, except where a component holds several markers
 
+    # Components need nothing of each other: flooded some hundred at a time, the cost grows with the area.
     contested = np.bincount(owner, minlength=count + 1) > 1
     pixels = np.flatnonzero(contested[components])
-    if len(pixels):
-        index = np.full(mask.shape, -1, np.int32)
-        index.flat[pixels] = np.arange(len(pixels))
-        relief, markers = np.asarray(relief).ravel()[pixels], markers.ravel()[pixels]
-        inst_map.flat[pixels] = _flood(relief, markers, _neighbours(index))
+    component = components.ravel()[pixels]
+    group = (np.cumsum(np.bincount(component)) >> 18).astype(np.uint16)[component]
+    pixels = pixels[np.argsort(group, kind="stable")]
+    relief, markers, flooded, width = np.ravel(relief), markers.ravel(), inst_map.ravel(), mask.shape[1]
+    for part in filter(len, np.split(pixels, np.cumsum(np.bincount(group)))):
+        first, last = part.min() // width, part.max() // width  # rows
+        index = np.full((last - first + 1, width), -1, np.int32)
+        index.ravel()[part - first * width] = np.arange(len(part))
+        flooded[part] = _flood(relief[part], markers[part], _neighbours(index))
     return inst_map
 
 
@@ -198,7 +203,7 @@ def measure(inst_map, type_map, *, peaks, class_probability=None):
     if (top := inst_map.max(initial=0)) > count:
         raise ValueError(f"inst_map holds id {top} but there are {count} peaks; pass one an id")
     pixels = np.flatnonzero(inst_map)
-    rows = inst_map.ravel()[pixels] - 1
+    rows = inst_map.ravel()[pixels].astype(np.int64) - 1
     areas = np.bincount(rows, minlength=count)
     present = areas > 0
     y, x = np.unravel_index(pixels, inst_map.shape)

@@ -34,7 +34,8 @@ from postprocess import contours
 PUBLISHED = {  # the authors' recipe as it stands; add --encoder-weights, they started from ImageNet
     "encoder": "resnext50_32x4d", "decoder_channels": (256, 128, 64, 32, 16), "epochs": 100, "crop": 256,
     "optimizer": "adam", "rate": 2e-4, "weight_decay": 1e-4, "schedule": "step", "average": 0.0, "clip": 0.0,
-    "density_weight": 1.0, "combine": "sum", "sigma": 5.0, "scale": 1.0, "stain": 0.0, "blur": 0.0,
+    "density_weight": 1.0, "combine": "sum", "sigma": 5.0, "scale": 1.0, "turn": 0.0, "stain": 0.0,
+    "blur": 0.0,
 }
 VAL_CROPS = 16  # ours: fixed crops whose loss is logged
 VAL_IMAGES = 16  # ours: at most so many images of each set are segmented after an epoch
@@ -80,12 +81,14 @@ def parse_options(argv=None):
     add("--combine", "max", choices=("max", "sum"), help="of overlapping peaks: every nucleus peaks at 1")
     add("--sigma", 5.0, help="of a peak in pixels; published")
     add("--scale", 1.25, help="largest zoom in augmentation; 1: none")
+    add("--turn", 45.0, help="largest turn in degrees beyond the quarter turns; 0: those alone")
     add("--stain", 1.0, help="strength of stain variation; 0: none")
     add("--blur", 0.2, help="share of crops that are blurred")
     add("--seed", 0, help="of weights, crops and synthetic tissue")
     add("--workers", 1, help="processes that prepare crops; one keeps two cores busy")
     add("--device", "auto", help="cuda, mps or cpu; auto takes the first there is")
     add("--precision", "auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where the processor has it")
+    add("--compile", action="store_true", help="torch.compile: slow at the first step, then a fifth faster")
     add("--check-data", action="store_true", help="no training: read all of --data and list every problem")
     add("--evaluate", metavar="CHECKPOINT", help="no training: score it, or a folder that infer.py wrote")
     add("--all", action="store_true", help="evaluate all images, not the checkpoint's validation images alone")
@@ -286,11 +289,11 @@ def open_data(options):
         raise ValueError(f"--share has {len(options.share)} numbers; expected one for each of {len(sources)} sets")
     class_names = ["nucleus"] if options.one_class else merge_classes(sources)
     areas = [len(images) * source.read(images[0])[1].size for source, (images, _) in zip(sources, splits)]
-    augmentation = {"scale": options.scale, "stain": options.stain, "blur": options.blur}
+    augmentation = {"scale": options.scale, "turn": options.turn, "stain": options.stain, "blur": options.blur}
     crops = [Crops([(source, images[part], share) for source, images, share
                     in zip(sources, splits, options.share or areas)], class_names, crop=options.crop,
                    seed=options.seed, sigma=options.sigma, combine=options.combine, **variation)
-             for part, variation in enumerate((augmentation, {"scale": 1.0, "stain": 0.0, "blur": 0.0}))]
+             for part, variation in enumerate((augmentation, {"scale": 1.0, "turn": 0.0, "stain": 0.0, "blur": 0.0}))]
     names = [Path(path).name for path in options.data]
     names = names if len(set(names)) == len(names) else options.data
     held = {name: (source, val[::-(-len(val) // VAL_IMAGES)]) for name, source, (_, val) in zip(names, sources, splits)}
@@ -352,7 +355,7 @@ def train(options):
             raise ValueError(f"{out}/last.pt: holds no training to go on with; start from its weights with --init")
         state = {k: saved[k] for k in ("records", "epoch", "best")}
         machine = {k: getattr(options, k) for k in ("device", "workers", "resume")}
-        options = argparse.Namespace(**saved["options"] | machine)
+        options = argparse.Namespace(**vars(options) | saved["options"] | machine)
     else:
         out = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S"))
         if (out / "last.pt").exists():
@@ -383,6 +386,7 @@ def train(options):
             report(out, state["records"], held)
             draw_preview(average.eval(), *next(iter(held.values())), out / "preview.png", dtype=precision)
     network = model if world == 1 else torch.nn.parallel.DistributedDataParallel(model)
+    network = torch.compile(network) if options.compile else network
     began = time.monotonic()
 
     for epoch in range(state["epoch"], options.epochs):

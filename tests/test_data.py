@@ -232,7 +232,9 @@ def test_a_turned_nucleus_keeps_its_peak(tissue):
         assert image.shape == (128, 128, 3) and np.array_equal(inst_map > 0, type_map > 0)
         if inst_map.any():  # the labels moved with the image
             assert image[inst_map > 0].mean() < image[inst_map == 0].mean()
-    _, whole, _ = augment(tissue, np.random.default_rng(0), 96, scale=1.0)
+    for n in range(12):  # without zoom, turn and stain: pixels as they are, moved
+        image, whole, _ = augment(tissue, np.random.default_rng(n), 96, scale=1.0, turn=0, stain=0, blur=0)
+        assert {tuple(p) for p in image.reshape(-1, 3).tolist()} <= {tuple(p) for p in tissue[0].reshape(-1, 3).tolist()}
     assert np.allclose(centroids_of(whole), [ndimage.center_of_mass(whole == i) for i in np.unique(whole)[1:]])
 
 

@@ -107,6 +107,18 @@ def test_a_pass_goes_to_the_side_that_reaches_it_first():
             assert labels[seen == 0] == 3  # the pit behind the pass of 5, which is reached from 2 before from 4
 
 
+def test_components_flooded_in_groups_are_flooded_as_alone():
+    rng = np.random.default_rng(0)
+    relief, markers = rng.random((500, 400)), np.zeros((500, 400), int)
+    mask = np.pad(np.ones((498, 398), bool), 1)  # three such are more than one group holds
+    markers[tuple(rng.integers(1, 399, (2, 9)))] = np.arange(1, 10)
+    alone = watershed(relief, markers, mask)
+    for shape in (1, 3), (3, 1):
+        shift = 9 * np.arange(3).reshape(shape).repeat(mask.shape[0], 0).repeat(mask.shape[1], 1)
+        moved = [np.tile(m, shape) + shift * (np.tile(m, shape) > 0) for m in (markers, alone)]
+        assert np.array_equal(watershed(np.tile(relief, shape), moved[0], np.tile(mask, shape)), moved[1])
+
+
 def test_the_shortcut_for_a_single_marker_changes_nothing():
     relief, mask = relief_of("noise", 5), ndimage.gaussian_filter(relief_of("noise", 6), 2) > 0.5
     markers = np.where(relief_of("noise", 7) < 0.01, np.arange(relief.size).reshape(mask.shape), 0)
