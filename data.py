@@ -16,14 +16,16 @@ import functools
 import json
 import math
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from scipy import io, ndimage
+from scipy import ndimage
 
 UNKNOWN_CLASS = 255  # in a type_map: a nucleus whose class its set does not tell (as in dualunet.py)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -89,6 +91,42 @@ def read_image(path, max_pixels=MAX_PIXELS):
         return np.array(image.convert("RGB"))
 
 
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+
+
+def mat_elements(data, order):
+    """(kind, content) of one element of a MATLAB file after the other."""
+    at = 0
+    while at < len(data):
+        kind, size = struct.unpack_from(order + "II", data, at)
+        start, end = at + 8, at + 8 + (size if kind == 15 else -(-size // 8) * 8)
+        if kind >> 16:  # a short one: 2 bytes of kind, 2 of size, 4 of content
+            kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+        if len(data) < start + size:
+            raise ValueError("cut short")
+        yield kind, data[start:start + size]
+        at = end
+
+
+def read_mat(data):
+    """{name: array} of the real arrays in a MATLAB 5 to 7 file; cells, structs and text are passed over.
+
+    On some damaged files scipy's loadmat takes the whole process down. Source: MathWorks, MAT-File Format.
+    """
+    order, arrays = "<" if data[126:128] == b"IM" else ">", {}
+    if struct.unpack_from(order + "H", data, 124) != (0x100,):
+        raise ValueError("another version of MATLAB's format; save it with -v7")
+    for kind, content in mat_elements(data[128:], order):
+        if kind == 15:  # compressed
+            kind, content = next(mat_elements(zlib.decompressobj().decompress(content, 9 * MAX_PIXELS), order))
+        (_, flags), (_, shape), (_, name), *values = mat_elements(content, order)
+        if 6 <= struct.unpack_from(order + "I", flags)[0] & 255 <= 15:  # its class is a number's
+            (stored, values), = values  # of two, the other would be imaginary
+            array = np.frombuffer(values, order + MAT_TYPES[stored])
+            arrays[name.decode("latin-1")] = array.reshape(np.frombuffer(shape, order + "i4"), order="F")
+    return arrays
+
+
 def read_labels(path):
     """A label file as (instance map int32, {name: array} of all in it).
 
@@ -98,7 +136,7 @@ def read_labels(path):
     path = Path(path)
     with naming(path, "label file", f"expected {', '.join(LABEL_SUFFIXES)}"):
         if path.suffix.lower() == ".mat":
-            arrays = io.loadmat(path)
+            arrays = read_mat(path.read_bytes())
         elif path.suffix.lower() in (".npy", ".npz"):
             with open(path, "rb") as file:
                 arrays = np.load(file, allow_pickle=False)

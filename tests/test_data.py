@@ -92,6 +92,31 @@ def test_consep_layout_merges_seven_types_to_four(tmp_path):
         source.read(0)
 
 
+def test_matlab_files_are_read_as_scipy_reads_them_and_survive_damage(tmp_path):
+    path, arrays = tmp_path / "a.mat", {"inst_map": np.arange(40.0).reshape(5, 8), "id": np.arange(3, dtype=np.int16)[None],
+                                        "one": np.float32([[2]]), "flags": np.eye(2) > 0}
+    for compressed in (False, True):
+        io.savemat(path, arrays | {"cell": np.array([1, "x"], object), "s": {"a": "text"}}, do_compression=compressed)
+        whole, found = path.read_bytes(), read_labels(path)[1]
+        assert found.keys() == arrays.keys() and all(np.array_equal(found[k], v) for k, v in arrays.items())
+        rng = np.random.default_rng(0)
+        for _ in range(300):  # loadmat dies of a dozen of them
+            damaged = bytearray(whole[:rng.integers(len(whole) // 2, len(whole) + 1)])
+            damaged[rng.integers(len(damaged))] = rng.integers(256)
+            path.write_bytes(damaged)
+            try:
+                read_labels(path)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ")
+    for values, words in ((np.eye(3) * 1j, "not a readable label file"), (np.eye(3) * 0.5, "expected whole numbers")):
+        io.savemat(path, {"inst_map": values})
+        with pytest.raises(ValueError, match=words):
+            read_labels(path)
+    io.savemat(path, arrays, format="4")
+    with pytest.raises(ValueError, match="save it with -v7"):
+        read_labels(path)
+
+
 def test_pannuke_layout_is_mapped_and_split_by_class(tmp_path):
     folder = tmp_path / "Fold 2"
     (folder / "images" / "fold2").mkdir(parents=True)
