@@ -95,7 +95,7 @@ def report(args, count, note, rows, versus=None, **more):
 
 NUCLEI = os.path.relpath(ROOT / "weights" / "nuclei.pt")  # its own training is beyond the budget
 INGREDIENTS = {  # run -> in which options of train.py it differs from the base
-    "base": "", "sum": "--combine sum", "stain": "--stain 0", "scale": "--scale 1",
+    "base": "", "sum": "--combine sum", "stain": "--stain 0", "scale": "--scale 1", "turn": "--turn 0",
     "blur": "--blur 0", "density": "--density-weight 1", "average": "--average 0",
     "classes": "--class-weights none", "alone": "--data {first}", "init": "--init {nuclei}",
 }
