@@ -41,7 +41,7 @@ import infer
 from data import number_ids, open_source, read_image, read_labels, synthetic_tissue
 from dualunet import DualUNet, load_model, save_checkpoint
 
-SECONDS, KILOBYTES, PIXELS = 60, 2**20, 2**25  # a damaged file may cost; 1 x 65,535 honest pixels are 64 tiles, 13 s
+SECONDS, KILOBYTES, PIXELS = 60, 2**20, 2**25  # what one file may cost (1 x 65,535 pixels: 13 s), and the size let in
 H, W = 48, 64  # of the images
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0", b"MM\0*", b"II+\0", b"GIF89a", b"BM", b"%PDF-1.4",
          b"RIFF\0\0\0\0WEBP", b"\x93NUMPY\1\0", b"PK\3\4", b"MATLAB 5.0", b"\0" * 8)
