@@ -76,7 +76,8 @@ def parse_options(argv=None):
     add("--clip", 1.0, help="norm of the gradient; from scratch the first steps jump; 0: none")
     add("--schedule", "cosine", choices=("cosine", "step"), help="step: x0.1 at 70 and at 90 percent")
     add("--average", 0.998, help="decay of the averaged weights, which are what is evaluated and kept; 0: none")
-    add("--class-weights", "sqrt", help="by 1/sqrt(frequency); or none; or K + 1 numbers with commas")
+    add("--class-weights", "sqrt", help="nuclei by 1/sqrt(frequency), background as "
+        "their mean; or none; or K + 1 numbers with commas")
     add("--density-weight", 20.0, help="of the density's loss; with 1 it is undertrained")
     add("--combine", "max", choices=("max", "sum"), help="of overlapping peaks: every nucleus peaks at 1")
     add("--sigma", 5.0, help="of a peak in pixels; published")
@@ -130,6 +131,7 @@ def parse_class_weights(text, crops, num_classes, samples=256):
     counts = sum(np.bincount(crops[n][1].numpy().ravel(), minlength=256) for n in range(samples))
     frequency = counts[:num_classes + 1] / max(counts[:num_classes + 1].sum(), 1)  # unknown classes left out
     weights = np.maximum(frequency, 1e-3) ** -0.5
+    weights[0] = np.average(weights[1:], weights=weights[1:] ** -2)  # or every outline comes out too wide
     return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32)
 
 

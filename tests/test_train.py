@@ -72,8 +72,10 @@ def test_splits_and_classes():
 def test_class_weights_average_to_one_and_stay_finite_for_an_absent_class():
     crops = [(None, torch.tensor([[0, 0, 0], [1, 1, 255]]), None)]
     weights = parse_class_weights("sqrt", crops, 2, samples=1)
-    assert torch.isfinite(weights).all() and weights[0] < weights[1] < weights[2]
+    assert torch.isfinite(weights).all() and weights[1] < weights[0] < weights[2]
     assert (weights * torch.tensor([0.6, 0.4, 0.0])).sum().item() == pytest.approx(1)
+    crops = [(None, torch.tensor([[0, 0, 0], [1, 1, 1]]), None)]
+    assert parse_class_weights("sqrt", crops, 1, samples=1).tolist() == [1, 1]  # an outline favours neither side
     assert parse_class_weights("1,2,3", crops, 2).tolist() == [1, 2, 3]
     assert parse_class_weights("none", crops, 2) is None
     with pytest.raises(ValueError, match="has 2 numbers; expected 3, background first"):
