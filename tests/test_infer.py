@@ -129,6 +129,7 @@ def shipped(root, tissue):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # torch.compile on Python 3.13.0
 @pytest.mark.parametrize("option", ["fused", "bf16", "batch", "workers", "compiled"])
 def test_every_option_finds_the_same_nuclei(shipped, option):
     model, image, expected = shipped
