@@ -1,6 +1,6 @@
 """Trains DualU-Net, on synthetic tissue when nothing else is named, and evaluates checkpoints.
 
-    python train.py                                         # about five minutes on two CPU cores
+    python train.py                                         # five minutes on two CPU cores with bfloat16
     python train.py --data CoNSeP --epochs 100              # or PanNuke's folder, or images/ beside labels/
     python train.py --evaluate weights/consep.pt --data CoNSeP
     torchrun --nproc-per-node 2 train.py --data CoNSeP      # DistributedDataParallel
