@@ -65,7 +65,7 @@ WRITERS = {
 def encoded(image, suffix, **options):
     """The bytes of an image in a format, none where Pillow does not write it."""
     file = io.BytesIO()
-    with contextlib.suppress(OSError, KeyError, ValueError):
+    with contextlib.suppress(OSError, KeyError, ValueError, DeprecationWarning):  # Pillow 12 warns, 13 refuses
         image.copy().save(file, Image.registered_extensions()[suffix], **options)
     return file.getvalue()
 
