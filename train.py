@@ -131,7 +131,7 @@ def parse_class_weights(text, crops, num_classes, samples=256):
     counts = sum(np.bincount(crops[n][1].numpy().ravel(), minlength=256) for n in range(samples))
     frequency = counts[:num_classes + 1] / max(counts[:num_classes + 1].sum(), 1)  # unknown classes left out
     weights = np.maximum(frequency, 1e-3) ** -0.5
-    weights[0] = np.average(weights[1:], weights=weights[1:] ** -2)  # or every outline comes out too wide
+    weights[0] = np.average(weights[1:], weights=weights[1:] ** -2)  # the mean nucleus pixel's; a lighter one widens outlines
     return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32)
 
 
