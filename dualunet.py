@@ -230,16 +230,20 @@ class DualUNet(nn.Module):
     """One encoder, one decoder for what each pixel is, one for where each nucleus is.
 
     `config` is the dict that rebuilds the model, plus what its file says of it (see METADATA).
+    zoom: the network sees images enlarged so much, for the encoder halves them at its first layer: small and
+    crowded nuclei survive it, in zoom² of the time. Ours; 1 is published.
     """
 
-    def __init__(self, *, num_classes, encoder="resnext50_32x4d", decoder_channels=(256, 128, 64, 32, 16)):
+    def __init__(self, *, num_classes, encoder="resnext50_32x4d", decoder_channels=(256, 128, 64, 32, 16), zoom=1.0):
         super().__init__()
         if encoder not in ENCODERS:
             raise ValueError(f"encoder is {encoder!r}; choose one of {', '.join(ENCODERS)}")
         if len(decoder_channels) != 5:
             raise ValueError(f"decoder_channels has {len(decoder_channels)} entries; give 5, deepest first")
+        if not 1 <= zoom <= 4:
+            raise ValueError(f"zoom is {zoom}; expected 1 (published) to 4")
         self.config = {
-            "num_classes": num_classes, "encoder": encoder, "decoder_channels": tuple(decoder_channels),
+            "num_classes": num_classes, "encoder": encoder, "decoder_channels": tuple(decoder_channels), "zoom": zoom,
         }
         self.encoder = ENCODERS[encoder]()
         self.decoder = Decoder(self.encoder.channels, self.encoder.strides, decoder_channels)
@@ -262,15 +266,20 @@ class DualUNet(nn.Module):
         images: (N, 3, H, W) float in [0, 1], any H and W; padded inside to multiples of 32.
         Returns logits (N, K + 1, H, W) and density (N, 1, H, W), both float32 under autocast too.
         """
-        height, width = images.shape[-2:]
         x = (images - self.mean) / self.std
+        if self.config["zoom"] != 1:
+            x = F.interpolate(x, scale_factor=self.config["zoom"], mode="bilinear")
+        height, width = x.shape[-2:]
         if height % 32 or width % 32:  # replicated: unlike reflection it exists at any size
             x = F.pad(x, (0, -width % 32, 0, -height % 32), mode="replicate")
         features = self.encoder(x.to(next(self.encoder.parameters()).dtype))
         x, y = self.decoder(features), self.decoder_count(features)
         with torch.autocast(x.device.type, enabled=False):  # in bf16, 1-2 % of the nuclei would change
             logits, density = self.segmentation_head(x.float()), self.count_head(y.float())
-        return logits[..., :height, :width], density[..., :height, :width]
+        maps = logits[..., :height, :width], density[..., :height, :width]
+        if self.config["zoom"] != 1:
+            maps = tuple(F.interpolate(values, images.shape[-2:], mode="bilinear") for values in maps)
+        return maps
 
     def fuse(self, dtype=None):
         """A frozen copy for inference: equal maps, to 1e-5 relative in float32, in 0.7 of the time.

@@ -63,6 +63,7 @@ def parse_options(argv=None):
     add("--encoder", "resnet18", help="small enough for a CPU; resnext50_32x4d is the paper's")
     add("--decoder-channels", (128, 64, 32, 16, 16), nargs=5, type=int, metavar="C",
         help="half the paper's: 27 MB on disk")
+    add("--zoom", 1.0, help="the network sees images enlarged so much; 1.25 finds more small nuclei in 1.6 times the time")
     add("--encoder-weights", metavar="FILE_OR_URL", help="ImageNet weights of the encoder")
     add("--init", metavar="CHECKPOINT", help="start from its weights; a class head of another size starts anew")
     add("--resume", metavar="FOLDER", help="go on exactly where the run in this folder stopped")
@@ -323,7 +324,7 @@ def average_into(average, model, decay):
 def build_model(options, class_names):
     """A new network, or one that begins with --encoder-weights or --init."""
     model = DualUNet(num_classes=len(class_names), encoder=options.encoder,
-                     decoder_channels=options.decoder_channels)
+                     decoder_channels=options.decoder_channels, zoom=options.zoom)
     if options.encoder_weights:
         load_encoder_weights(model, options.encoder_weights)
     if options.init:

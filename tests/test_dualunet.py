@@ -53,6 +53,18 @@ def test_padding_is_replication_to_multiples_of_32():
         assert torch.allclose(model(image)[1], model(padded)[1][:, :, :40], atol=1e-6)
 
 
+def test_zoom_is_the_network_on_the_enlarged_image():
+    model, image = small_model().eval(), torch.rand(1, 3, 34, 70)
+    zoomed = DualUNet(**model.config | {"zoom": 1.5}).eval()
+    zoomed.load_state_dict(model.state_dict())
+    resized = lambda maps, size: torch.nn.functional.interpolate(maps, size, mode="bilinear")
+    with torch.no_grad():
+        for got, expected in zip(zoomed(image), model(resized(image, (51, 105))), strict=True):
+            assert got.shape[2:] == (34, 70)
+            assert torch.allclose(got, resized(expected, (34, 70)), atol=1e-4)
+        assert not torch.allclose(zoomed(image)[1], model(image)[1], atol=2e-2 * model(image)[1].abs().max())
+
+
 def test_heads_answer_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert {t.dtype for t in small_model().eval()(torch.rand(1, 3, 32, 32))} == {torch.float32}
@@ -222,6 +234,8 @@ def test_constructor_refuses_what_it_does_not_know():
         DualUNet(num_classes=1, encoder="vgg")
     with pytest.raises(ValueError, match="has 4 entries; give 5"):
         DualUNet(num_classes=1, decoder_channels=(8, 8, 8, 8))
+    with pytest.raises(ValueError, match="zoom is nan; expected 1"):
+        DualUNet(num_classes=1, zoom=float("nan"))
 
 
 def to_facebook(key):

@@ -31,10 +31,12 @@ def difference(got, expected):
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("zoom", [1, 1.25])
 @pytest.mark.parametrize("encoder", ENCODERS)
 @torch.inference_mode()
-def test_equal_maps_at_odd_sizes(encoder):
+def test_equal_maps_at_odd_sizes(encoder, zoom):
     model, images = trained_like(encoder), torch.rand(2, 3, 65, 90)
+    model.config["zoom"] = zoom
     expected, fused = model(images), model.fuse()
     assert difference(fused(images), expected) < 1e-5
     assert not any(isinstance(m, nn.BatchNorm2d | DecoderBlock) for m in fused.modules())
