@@ -63,7 +63,8 @@ def parse_options(argv=None):
     add("--encoder", "resnet18", help="small enough for a CPU; resnext50_32x4d is the paper's")
     add("--decoder-channels", (128, 64, 32, 16, 16), nargs=5, type=int, metavar="C",
         help="half the paper's: 27 MB on disk")
-    add("--zoom", 1.0, help="the network sees images enlarged so much; 1.25 finds more small nuclei in 1.6 times the time")
+    add("--zoom", 0.0, help="the network sees images enlarged so much: 1.25 finds more small nuclei in 1.6 times "
+        "the time; 0: as --init does, else 1")
     add("--encoder-weights", metavar="FILE_OR_URL", help="ImageNet weights of the encoder")
     add("--init", metavar="CHECKPOINT", help="start from its weights; a class head of another size starts anew")
     add("--resume", metavar="FOLDER", help="go on exactly where the run in this folder stopped")
@@ -323,12 +324,13 @@ def average_into(average, model, decay):
 
 def build_model(options, class_names):
     """A new network, or one that begins with --encoder-weights or --init."""
-    model = DualUNet(num_classes=len(class_names), encoder=options.encoder,
-                     decoder_channels=options.decoder_channels, zoom=options.zoom)
+    init = load_model(options.init) if options.init else None
+    model = DualUNet(num_classes=len(class_names), encoder=options.encoder, decoder_channels=options.decoder_channels,
+                     zoom=options.zoom or (init.config["zoom"] if init else 1.0))
     if options.encoder_weights:
         load_encoder_weights(model, options.encoder_weights)
-    if options.init:
-        start, own = load_model(options.init).state_dict(), model.state_dict()
+    if init:
+        start, own = init.state_dict(), model.state_dict()
         if start.keys() != own.keys():
             raise ValueError(f"{options.init}: another encoder than --encoder {options.encoder}; name its own")
         kept = {k: v for k, v in start.items() if v.shape == own[k].shape}

@@ -148,6 +148,13 @@ def test_init_keeps_all_but_a_class_head_of_another_size(run, folder, tmp_path, 
     assert "another encoder than --encoder resnet34" in capsys.readouterr().err
 
 
+def test_zoom_is_kept_and_goes_on_with_init(folder, tmp_path):
+    first, second = (["--data", str(folder), *TINY, "--epochs", "1", "--out", str(tmp_path / name)] for name in "ab")
+    assert main([*first, "--zoom", "1.25"]) == 0
+    assert main([*second, "--init", str(tmp_path / "a" / "best.pt")]) == 0
+    assert [load_model(tmp_path / name / "last.pt").config["zoom"] for name in "ab"] == [1.25, 1.25]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, tmp_path, monkeypatch, capsys):
     loss = script.dual_loss
     monkeypatch.setattr(script, "dual_loss", lambda *a, **k: {n: v * np.nan for n, v in loss(*a, **k).items()})
