@@ -157,6 +157,15 @@ def test_flips_are_the_mean_over_four_mirrorings(network):
         assert np.allclose(got, expected, atol=1e-6) and not np.allclose(got, views[()][k], atol=1e-6)
 
 
+def test_a_nucleus_between_two_classes_is_no_background():
+    class InDoubt(nn.Linear):  # 0.4 background, 0.25 and 0.35 for two classes; then 0.6, 0.1 and 0.3
+        def forward(self, images):
+            p = torch.tensor([[0.4, 0.25, 0.35], [0.6, 0.1, 0.3]]).log().T[None, :, None]
+            return p, torch.zeros(1, 1, 1, 2)
+
+    assert infer.predict_maps(InDoubt(1, 1), np.zeros((1, 1, 2, 3), np.uint8))[0].tolist() == [[[2, 0]]]
+
+
 def test_windows_continue_the_image_as_numpy_reflects_it():
     image = np.random.default_rng(0).integers(0, 256, (5, 1, 3), np.uint8)
     padded = np.pad(image, ((64, 59), (32, 31), (0, 0)), "reflect")
