@@ -5,8 +5,8 @@
     crops = Crops([(source, range(len(source.names)), 1.0)], source.class_names, crop=256)
     image, type_map, density = crops[0]           # tensors, augmented, targets derived afterwards
 
-`python data.py example.png` writes a tile of synthetic tissue. Arrays are (y, x); class 0 is background;
-ids count from 1. Needs torch, numpy, scipy, pillow.
+`python data.py example.png` writes a tile of synthetic tissue. Arrays are (y, x); class 0 is
+background; ids count from 1. Needs torch, numpy, scipy, pillow.
 """
 
 import argparse
@@ -27,15 +27,15 @@ import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-UNKNOWN_CLASS = 255  # in a type_map: a nucleus whose class its set does not tell (as in dualunet.py)
+UNKNOWN_CLASS = 255  # in type_map: a nucleus whose class its set does not tell (as in dualunet.py)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LABEL_SUFFIXES = (".npy", ".npz", ".mat", ".png", ".tif", ".tiff")
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")  # ours: none runs a program
-MAX_PIXELS = 2**28  # ours: a larger declared size is refused before decoding; a transparent image needs 18 bytes a pixel
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")  # ours: none run programs
+MAX_PIXELS = 2**28  # ours: declaring more is refused undecoded; transparency needs 18 bytes a pixel
 CONSEP_CLASSES = ("miscellaneous", "inflammatory", "epithelial", "spindle-shaped")
 CONSEP_TYPES = tuple(CONSEP_CLASSES[k] for k in (0, 1, 2, 2, 3, 3, 3))  # published: 7 types to 4
 PANNUKE_CLASSES = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
-PANNUKE_SPLITS = {1: (1, 2, 3), 2: (2, 1, 3), 3: (3, 2, 1)}  # published: train, validation, test fold
+PANNUKE_SPLITS = {1: (1, 2, 3), 2: (2, 1, 3), 3: (3, 2, 1)}  # published: train, val, test fold
 
 
 # ---------------------------------------------------------------- files
@@ -43,7 +43,7 @@ PANNUKE_SPLITS = {1: (1, 2, 3), 2: (2, 1, 3), 3: (3, 2, 1)}  # published: train,
 
 @contextlib.contextmanager
 def naming(path, what, advice):
-    """Whatever a bad file raises, a dozen kinds, becomes one sentence that names the file; no warnings."""
+    """A bad file's errors, a dozen kinds, become one sentence that names it; no warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -58,18 +58,19 @@ def naming(path, what, advice):
 
 
 def open_image(path, max_pixels=MAX_PIXELS):
-    """Pillow's image, only its header read, without Image.open's own refusal from 179 megapixels."""
+    """Pillow's image, only its header read, without Image.open's refusal from 179 megapixels."""
     Image.init()
     with open(path, "rb") as file:
         start = file.read(16)
-    openers = [opener for opener, accepts in map(Image.OPEN.get, IMAGE_FORMATS) if accepts(start) is True]
+    openers = [opener for opener, accepts in map(Image.OPEN.get, IMAGE_FORMATS)
+               if accepts(start) is True]
     if not openers:
         raise ValueError("unknown format")
     image = openers[0](path)
     if image.width * image.height > max_pixels:
         image.close()
-        raise ValueError(f"{path}: declares {image.width}x{image.height} pixels, more than {max_pixels}; "
-                         "cut it into parts or allow it with --max-pixels")
+        raise ValueError(f"{path}: declares {image.width}x{image.height} pixels, more than "
+                         f"{max_pixels}; cut it into parts or allow it with --max-pixels")
     return image
 
 
@@ -83,7 +84,8 @@ def read_image(path, max_pixels=MAX_PIXELS):
         if image.mode[0] in "IF":  # grey of 16 or 32 bits
             grey = np.asarray(image)
             if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-                raise ValueError(f"{path}: {grey.dtype} {grey.min()}..{grey.max()}; expected 8 or 16 bits")
+                raise ValueError(f"{path}: {grey.dtype} {grey.min()}..{grey.max()}; "
+                                 "expected 8 or 16 bits")
             return np.repeat((grey / 257).round().astype(np.uint8)[..., None], 3, axis=2)
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -91,7 +93,8 @@ def read_image(path, max_pixels=MAX_PIXELS):
         return np.array(image.convert("RGB"))
 
 
-MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8",
+             12: "i8", 13: "u8"}
 
 
 def mat_elements(data, order):
@@ -109,29 +112,31 @@ def mat_elements(data, order):
 
 
 def read_mat(data):
-    """{name: array} of the real arrays in a MATLAB 5 to 7 file; cells, structs and text are passed over.
+    """{name: array} of the real arrays in a MATLAB 5 to 7 file; cells, structs, text are skipped.
 
-    On some damaged files scipy's loadmat takes the whole process down. Source: MathWorks, MAT-File Format.
+    On some damaged files scipy's loadmat kills the process. Source: MathWorks, MAT-File Format.
     """
     order, arrays = "<" if data[126:128] == b"IM" else ">", {}
     if struct.unpack_from(order + "H", data, 124) != (0x100,):
         raise ValueError("another version of MATLAB's format; save it with -v7")
     for kind, content in mat_elements(data[128:], order):
         if kind == 15:  # compressed
-            kind, content = next(mat_elements(zlib.decompressobj().decompress(content, 9 * MAX_PIXELS), order))
+            kind, content = next(mat_elements(
+                zlib.decompressobj().decompress(content, 9 * MAX_PIXELS), order))
         (_, flags), (_, shape), (_, name), *values = mat_elements(content, order)
         if 6 <= struct.unpack_from(order + "I", flags)[0] & 255 <= 15:  # its class is a number's
             (stored, values), = values  # of two, the other would be imaginary
             array = np.frombuffer(values, order + MAT_TYPES[stored])
-            arrays[name.decode("latin-1")] = array.reshape(np.frombuffer(shape, order + "i4"), order="F")
+            arrays[name.decode("latin-1")] = array.reshape(
+                np.frombuffer(shape, order + "i4"), order="F")
     return arrays
 
 
 def read_labels(path):
     """A label file as (instance map int32, {name: array} of all in it).
 
-    .npz and .mat hold `inst_map` and perhaps `type_map` (H, W) or `inst_type` (N,), indexed by the sorted
-    ids (`id`: by the ids it lists); the others hold the instance map alone.
+    .npz and .mat hold `inst_map` and perhaps `type_map` (H, W) or `inst_type` (N,), indexed by the
+    sorted ids (`id`: by the ids it lists); the others hold the instance map alone.
     """
     path = Path(path)
     with naming(path, "label file", f"expected {', '.join(LABEL_SUFFIXES)}"):
@@ -147,12 +152,15 @@ def read_labels(path):
         arrays = {"inst_map": arrays} if isinstance(arrays, np.ndarray) else arrays
     if "inst_map" not in arrays:
         found = ", ".join(k for k in arrays if not k.startswith("__")) or "nothing"
-        raise ValueError(f"{path}: no array inst_map in it, found {found}; store it under that name")
+        raise ValueError(f"{path}: no array inst_map in it, found {found}; "
+                         "store it under that name")
     labels = arrays["inst_map"]
     if labels.ndim != 2 or labels.dtype.kind not in "buif":
-        raise ValueError(f"{path}: instance map is {labels.dtype} {labels.shape}; expected (height, width)")
+        raise ValueError(f"{path}: instance map is {labels.dtype} {labels.shape}; "
+                         "expected (height, width)")
     if labels.size and not (labels.min() >= 0 and labels.max() < 2**31 and not (labels % 1).any()):
-        raise ValueError(f"{path}: ids {labels.min()}..{labels.max()}; expected whole numbers 0..2147483647")
+        raise ValueError(f"{path}: ids {labels.min()}..{labels.max()}; "
+                         "expected whole numbers 0..2147483647")
     return labels.astype(np.int32), arrays
 
 
@@ -182,10 +190,10 @@ KINDS = {  # ours: pixels at 0.25 µm and optical densities, set beside CoNSeP; 
 
 
 def synthetic_tissue(seed, size=256):
-    """Made-up H&E tissue at 0.25 µm per pixel with its truth, as `Source.read`; the same for the same seed.
+    """Made-up H&E tissue at 0.25 µm per pixel with its truth, as `Source.read`; fixed by the seed.
 
-    Glands, stroma with spindle-shaped nuclei along its fibres, inflammatory clusters, lumina, glass, blood;
-    one tile in twenty has no nucleus. size: a side or (height, width).
+    Glands, stroma with spindle-shaped nuclei along its fibres, inflammatory clusters, lumina,
+    glass, blood; one tile in twenty has no nucleus. size: a side or (height, width).
     """
     rng, (h, w) = np.random.default_rng(seed), np.broadcast_to(size, 2).tolist()
     if min(h, w) < 8:
@@ -219,7 +227,8 @@ def synthetic_tissue(seed, size=256):
     gaps = above(0.8 * fibres + 0.6 * coarse + 0.9 * infiltrate, rng.uniform(0.8, 2.4), 0.5)
     hema = rng.uniform(0.02, 0.09) + 0.06 * epithelium + 0.025 * (coarse + fine)
     eosin = 0.09 + 0.02 * (coarse + fine) + (0.015 + 0.025 * stroma) * fibres
-    stains = np.stack((hema, eosin, 0 * eosin)).clip(0) * solid * (1 - 0.9 * gaps * (1 - epithelium))
+    stains = (np.stack((hema, eosin, 0 * eosin)).clip(0)
+              * solid * (1 - 0.9 * gaps * (1 - epithelium)))
 
     # cells: candidates, thinned to each kind's rate per pixel
     upright = np.exp(-((gland - 0.75) / rng.uniform(0.3, 1.2)) ** 2)  # from rings to solid sheets
@@ -236,7 +245,7 @@ def synthetic_tissue(seed, size=256):
     slope = guide[g, i + 3, j] - guide[g, i - 3, j], guide[g, i, j + 3] - guide[g, i, j - 3]
     angles = np.arctan2(*slope) + (1 - g) * math.pi / 2 + rng.normal(0, 0.25, n)
 
-    looks = rng.lognormal(0, (0.08, 0.15), (8, 2)).tolist()  # each kind's size and strength in this tile
+    looks = rng.lognormal(0, (0.08, 0.15), (8, 2)).tolist()  # each kind's size and strength here
     inst_map, inst_type = np.zeros((h, w), np.int32), [0]
     for kind, y, x, angle in zip(*(array[kinds < 8].tolist() for array in (kinds, ys, xs, angles))):
         a, b, pointed, body, rim, clumps, nucleoli, eosin, blood = KINDS[kind]
@@ -247,7 +256,8 @@ def synthetic_tissue(seed, size=256):
         u = (dx * math.cos(angle) + dy * math.sin(angle)) / a
         v = (dy * math.cos(angle) - dx * math.sin(angle)) / b + rng.normal(0, 0.2) * u * u
         phi = np.arctan2(v, u)
-        wobble = sum(rng.normal(0, 0.11 / k) * np.cos(k * phi + rng.uniform(0, 6.3)) for k in (2, 3, 5))
+        wobble = sum(rng.normal(0, 0.11 / k) * np.cos(k * phi + rng.uniform(0, 6.3))
+                     for k in (2, 3, 5))
         rho = (abs(u) ** pointed + abs(v) ** pointed) ** (1 / pointed) / (1 + wobble)
         parts, _ = ndimage.label((rho < 1) & (inst_map[box] == 0))
         sizes = np.bincount(parts.ravel(), minlength=2)[1:]
@@ -258,7 +268,8 @@ def synthetic_tissue(seed, size=256):
         for cu, cv in rng.uniform(-0.5, 0.5, (2, 2)).tolist() if nucleoli else ():
             hema += nucleoli * np.exp(-((u - cu) * a / 2) ** 2 - ((v - cv) * b / 2) ** 2)
         hema = (hema + clumps * fine[box]).clip(0) * looks[kind][1] * rng.lognormal(0, 0.2)
-        for stain, layer in zip(stains, (hema, eosin * (1 + 0.2 * fine[box]), blood * (0.7 + 0.3 * rho))):
+        for stain, layer in zip(stains, (hema, eosin * (1 + 0.2 * fine[box]),
+                                         blood * (0.7 + 0.3 * rho))):
             stain[box][mask] = layer[mask]
         if kind <= 4:
             inst_map[box][mask] = len(inst_type)
@@ -277,7 +288,7 @@ def synthetic_tissue(seed, size=256):
 
 
 class Source(NamedTuple):
-    """A labelled data set: `read(i)` gives image (H, W, 3) uint8, inst_map int32 and type_map uint8."""
+    """A labelled set: `read(i)` gives image (H, W, 3) uint8, inst_map int32 and type_map uint8."""
 
     names: Sequence[str]
     class_names: Sequence[str]
@@ -286,24 +297,27 @@ class Source(NamedTuple):
 
 
 def number_ids(inst_map):
-    """The map int32 with ids from 1 without gaps, the ids it had, and where in it (flat) each begins."""
+    """The map int32 with ids from 1 without gaps, the ids it had, and where (flat) each begins."""
     ids, first, index = np.unique(np.append(0, inst_map), return_index=True, return_inverse=True)
     return index[1:].reshape(inst_map.shape).astype(np.int32), ids[1:], first[1:] - 1
 
 
 def match_classes(path, ids, keys, values, names):
-    """(N,) int64 class ids 1..K of `ids`, where keys are ids and values names, or places among the names."""
+    """(N,) int64 class ids 1..K of `ids`; keys are ids, values names or places among `names`."""
     with naming(path, "list of classes", "expected one id and one class a nucleus"):
         ids, keys, values = (np.ravel(array).tolist() for array in (ids, keys, values))
         table = dict(zip(keys, values))
         if len(keys) != len(values):
-            raise ValueError(f"{path}: {len(values)} classes for {len(keys)} nuclei; expected one each")
+            raise ValueError(f"{path}: {len(values)} classes for {len(keys)} nuclei; "
+                             "expected one each")
         if odd := set(ids) ^ set(keys):
-            raise ValueError(f"{path}: id {min(odd)} has a class or pixels but not both; expected both")
+            raise ValueError(f"{path}: id {min(odd)} has a class or pixels but not both; "
+                             "expected both")
         known = {name: k for k, name in enumerate(dict.fromkeys(names), 1)}
         known |= {place: known[name] for place, name in enumerate(names, 1)}
         if unknown := [value for value in values if value not in known]:
-            raise ValueError(f"{path}: class {unknown[0]!r} is not among {', '.join(names)} (1..{len(names)})")
+            raise ValueError(f"{path}: class {unknown[0]!r} is not among {', '.join(names)} "
+                             f"(1..{len(names)})")
         return np.array([known[table[i]] for i in ids], np.int64)
 
 
@@ -314,7 +328,8 @@ def read_folder(files, class_names, i):
         if labels.shape != image.shape[:2]:
             raise ValueError(f"{path}: labels are {labels.shape}, the image is {image.shape[:2]}")
     inst_map, ids, first = number_ids(inst_map)
-    keys, values = arrays.get("id", ids), arrays.get("inst_type", arrays.get("class"))  # or as Lizard, CoNIC
+    # `id` and `class`: as in Lizard, CoNIC
+    keys, values = arrays.get("id", ids), arrays.get("inst_type", arrays.get("class"))
     if types_path.exists():
         path, types = types_path, read_names(types_path)
         keys, values = list(types), list(types.values())
@@ -329,17 +344,18 @@ def read_folder(files, class_names, i):
 
 
 def folder_source(root, consep=False):
-    """images/*, labels/<name>.* and classes from types/<name>.json or inside the labels; or CoNSeP's folders.
+    """images/*, labels/<name>.*, classes from types/<name>.json or the labels; or CoNSeP's folders.
 
     Class names come from classes.json, else from the types files, else every nucleus is "nucleus".
     """
     images, labels = ("Images", "Labels") if consep else ("images", "labels")
     images = [p for p in (root / images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
     images.sort(key=lambda p: (consep and len(p.name), p.name))  # CoNSeP: train_2 before train_10
-    labels = {p.stem: p for p in sorted((root / labels).iterdir()) if p.suffix.lower() in LABEL_SUFFIXES}
+    labels = {p.stem: p for p in sorted((root / labels).iterdir())
+              if p.suffix.lower() in LABEL_SUFFIXES}
     if missing := [p.name for p in images if p.stem not in labels]:
-        raise ValueError(f"{root}: no label for {missing[0]} ({len(missing)} such); expected labels/<name> "
-                         f"with one of {', '.join(LABEL_SUFFIXES)}")
+        raise ValueError(f"{root}: no label for {missing[0]} ({len(missing)} such); expected "
+                         f"labels/<name> with one of {', '.join(LABEL_SUFFIXES)}")
     if consep:
         class_names = CONSEP_TYPES
     elif (root / "classes.json").exists():
@@ -355,37 +371,40 @@ def folder_source(root, consep=False):
 @functools.lru_cache
 def mapped(root, k, name):
     """A memory-mapped array of fold k; opened by each process for itself."""
-    path = root / f"Fold {k}" / ("masks" if name == "masks" else "images") / f"fold{k}" / f"{name}.npy"
+    path = (root / f"Fold {k}" / ("masks" if name == "masks" else "images")
+            / f"fold{k}" / f"{name}.npy")
     with naming(path, "array", "expected PanNuke's own .npy"):
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def read_pannuke(root, names, n):
     k, i = map(int, names[n].removeprefix("fold").split("/"))
-    image = np.clip(mapped(root, k, "images")[i], 0, 255).astype(np.uint8)  # often float64 holding 0..255
-    masks = mapped(root, k, "masks")[i][..., :5].astype(np.int64)  # ids by class; the sixth is background
+    image = np.clip(mapped(root, k, "images")[i], 0, 255).astype(np.uint8)  # often float64 0..255
+    masks = mapped(root, k, "masks")[i][..., :5].astype(np.int64)  # ids by class; sixth: background
     first = (masks > 0).argmax(-1)  # where channels overlap, the first counts
     ids = np.take_along_axis(masks, first[..., None], -1)[..., 0]
     return image, number_ids(ids * 5 + first)[0], ((first + 1) * (ids > 0)).astype(np.uint8)
 
 
 def pannuke_source(root):
-    """PanNuke as distributed: Fold {k}/{images/fold{k}/{images,types},masks/fold{k}/masks}.npy, mapped."""
+    """PanNuke's files: Fold {k}/{images/fold{k}/{images,types},masks/fold{k}/masks}.npy, mapped."""
     names, tissues = [], []
     for k in (k for k in (1, 2, 3) if (root / f"Fold {k}").is_dir()):
         images, masks, types = (mapped(root, k, name) for name in ("images", "masks", "types"))
         if not images.shape[:3] == masks.shape[:3] == (len(types), 256, 256):
-            raise ValueError(f"{root / f'Fold {k}'}: images, masks and types differ in number; download again")
+            raise ValueError(f"{root / f'Fold {k}'}: images, masks and types differ in number; "
+                             "download again")
         names += [f"fold{k}/{i}" for i in range(len(types))]
         tissues += map(str, types)
     return Source(names, PANNUKE_CLASSES, functools.partial(read_pannuke, root, names), tissues)
 
 
 def read_predictions(folder, name, class_names):
-    """What infer.py wrote of an image: its inst_map and one class id (1..K) a nucleus, in order of id."""
+    """What infer.py wrote of an image: inst_map and one class id (1..K) a nucleus, sorted by id."""
     table = Path(folder) / f"{name}_nuclei.csv"
     inst_map, ids, _ = number_ids(read_labels(Path(folder) / f"{name}_instances.tif")[0])
-    with naming(table, "table", "run infer.py again"), open(table, newline="", encoding="utf-8") as file:
+    with (naming(table, "table", "run infer.py again"),
+          open(table, newline="", encoding="utf-8") as file):
         rows = {int(row["id"]): row["class"] for row in csv.DictReader(file)}
     return inst_map, match_classes(table, ids, list(rows), list(rows.values()), class_names)
 
@@ -406,17 +425,17 @@ def open_source(path, *, count=120, size=256, seed=0):
     if not root.exists():
         raise FileNotFoundError(f"{path}: no such folder; give a data set or the word synthetic")
     root = root / "Train" if (root / "Train" / "Images").is_dir() else root
-    found = {p.name for p in root.glob("*")}  # names in their own case: is_dir() ignores it on Windows
+    found = {p.name for p in root.glob("*")}  # names in their case: is_dir() ignores it on Windows
     plain, consep = {"images", "labels"} <= found, {"Images", "Labels"} <= found
     source = folder_source(root, consep) if plain or consep else pannuke_source(root)
     if not source.names:
-        raise ValueError(f"{path}: no labelled images found; expected CoNSeP (Images/*.png, Labels/*.mat), "
-                         "PanNuke (Fold 1/...) or images/ beside labels/")
+        raise ValueError(f"{path}: no labelled images found; expected CoNSeP (Images/*.png, "
+                         "Labels/*.mat), PanNuke (Fold 1/...) or images/ beside labels/")
     return source
 
 
 def check_source(source):
-    """Reads every image: ({i: a sentence on what is wrong}, [nuclei of each class in the good ones])."""
+    """Reads all images: ({i: a sentence on the fault}, [nuclei of each class in the good ones])."""
     problems, counts = {}, np.zeros(256, np.int64)
     for i in range(len(source.names)):
         try:
@@ -431,17 +450,18 @@ def check_source(source):
 
 
 def centroids_of(inst_map):
-    """(N, 2) float64 centroids (y, x): the mean pixel index of every id, in the order of the ids."""
+    """(N, 2) float64 centroids (y, x): the mean pixel index of every id, in order of the ids."""
     y, x = np.nonzero(inst_map)
     _, index, area = np.unique(inst_map[y, x], return_inverse=True, return_counts=True)
-    return np.stack([np.bincount(index, weights=axis, minlength=len(area)) / area for axis in (y, x)], 1)
+    return np.stack([np.bincount(index, weights=axis, minlength=len(area)) / area
+                     for axis in (y, x)], 1)
 
 
 def density_map(centroids, shape, sigma=5.0, combine="max"):
     """A Gaussian peak on each nucleus: (H, W) float32 in [0, 1]; zeros where there is none.
 
-    centroids: (N, 2) (y, x), may lie outside. combine: "max" gives every nucleus a peak of exactly 1
-    at its centroid's pixel, whatever its neighbours and the crop; "sum" is the published form, Gaussians
+    centroids: (N, 2) (y, x), may lie outside. combine: "max" gives every nucleus a peak of exactly
+    1 at its centroid's pixel, whatever its neighbours and the crop; "sum" is published: Gaussians
     added up and divided by the image's maximum, where close nuclei melt and isolated ones fade.
     """
     if combine not in ("max", "sum"):
@@ -460,12 +480,13 @@ def density_map(centroids, shape, sigma=5.0, combine="max"):
     return np.exp(-(distance**2) / (2 * sigma**2)).astype(np.float32)
 
 
-HED = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])  # Ruifrok, Johnston 2001
+HED = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105],
+                [0.268, 0.570, 0.776]])  # Ruifrok, Johnston 2001
 OPTICAL_DENSITY = -np.log((np.arange(256) + 1) / 256).astype(np.float32)
 
 
 def stain_shift(image, scale, shift):
-    """The image (H, W, 3) uint8 with its haematoxylin, eosin and residual amounts scaled and shifted.
+    """The image (H, W, 3) uint8 with haematoxylin, eosin and residual amounts scaled and shifted.
 
     scale, shift: 3 floats each, 1 and 0 for no change; shift is in optical density.
     """
@@ -475,7 +496,7 @@ def stain_shift(image, scale, shift):
 
 
 def cut(sample, y0, x0, height, width):
-    """A window of (image, inst_map, type_map), extended by reflection; mirrored nuclei get new ids."""
+    """A window of (image, inst_map, type_map), reflected outside; mirrored nuclei get new ids."""
     index, folds = [], []
     for start, size, length in zip((y0, x0), (height, width), sample[1].shape):
         last = max(length - 1, 1)  # the mirrors stand on pixels 0 and `last`
@@ -489,63 +510,68 @@ def cut(sample, y0, x0, height, width):
 
 
 def augment(sample, rng, crop, *, scale=1.25, turn=45.0, blur=0.2, stain=1.0, margin=16):
-    """A random crop of (image, inst_map, type_map), flipped, turned, scaled, blurred and stained anew.
+    """A random crop of (image, inst_map, type_map), flipped, turned, scaled, blurred, stained anew.
 
-    scale: largest zoom in or out; turn: largest turn in degrees beyond the quarter turns; blur: how often;
-    stain: strength, 0 for none. The result is crop + 2·margin wide, so that a nucleus cut by the crop keeps
-    its true centroid.
+    scale: largest zoom in or out; turn: largest turn in degrees beyond the quarter turns; blur:
+    how often; stain: strength, 0 for none. The result is crop + 2·margin wide, so that a nucleus
+    cut by the crop keeps its true centroid.
     """
     side, zoom = crop + 2 * margin, np.exp(rng.uniform(-1, 1) * np.log(scale))
     angle = math.radians(turn * rng.uniform(-1, 1))
     c, s = math.cos(angle) / zoom, math.sin(angle) / zoom
     window = math.ceil(side * (abs(c) + abs(s)))  # holds the turned square
-    y0, x0 = (int(rng.integers(0, max(length - round(crop / zoom), 0) + 1)) + (round(crop / zoom) - window) // 2
-              for length in sample[1].shape)
+    y0, x0 = (int(rng.integers(0, max(length - round(crop / zoom), 0) + 1))
+              + (round(crop / zoom) - window) // 2 for length in sample[1].shape)
     sample = cut(sample, y0, x0, window, window)
-    affine = c, -s, (window - side * (c - s)) / 2, s, c, (window - side * (s + c)) / 2  # from output to input x, y
+    affine = (c, -s, (window - side * (c - s)) / 2,  # from output to input x, y
+              s, c, (window - side * (s + c)) / 2)
     filters = Image.Resampling.BICUBIC, Image.Resampling.NEAREST, Image.Resampling.NEAREST
-    sample = [np.array(Image.fromarray(m).transform((side, side), Image.Transform.AFFINE, affine, f))
-              for m, f in zip(sample, filters)]
+    sample = [np.array(Image.fromarray(m).transform(
+        (side, side), Image.Transform.AFFINE, affine, f)) for m, f in zip(sample, filters)]
     turns, mirror = rng.integers(4), rng.integers(2)
     image, inst_map, type_map = (np.rot90(m[:, ::-1] if mirror else m, turns) for m in sample)
     if rng.random() < blur:
         image = ndimage.gaussian_filter(image, (*[rng.uniform(0.4, 1.4)] * 2, 0))
     if stain:
-        image = stain_shift(image, 1 + stain * rng.uniform(-0.3, 0.3, 3), stain * rng.uniform(-0.08, 0.08, 3))
+        image = stain_shift(image, 1 + stain * rng.uniform(-0.3, 0.3, 3),
+                            stain * rng.uniform(-0.08, 0.08, 3))
     return image, inst_map, type_map
 
 
 def class_lookup(source, class_names):
-    """(256,) uint8 from a source's class ids to those of `class_names`. Raises: ValueError for a stranger."""
+    """(256,) uint8, a source's class ids to those of `class_names`; a stranger is a ValueError."""
     classes = {name: k for k, name in enumerate(class_names, 1)}
     if list(class_names) == ["nucleus"]:
         classes = dict.fromkeys(source.class_names, 1)
     elif list(source.class_names) == ["nucleus"]:
         classes = {"nucleus": UNKNOWN_CLASS} | classes
     if strangers := [name for name in source.class_names if name not in classes]:
-        raise ValueError(f"class {strangers[0]!r} is not among {', '.join(class_names)}; name them alike")
+        raise ValueError(f"class {strangers[0]!r} is not among {', '.join(class_names)}; "
+                         "name them alike")
     lookup = np.zeros(256, np.uint8)
     lookup[1:len(source.class_names) + 1] = [classes[name] for name in source.class_names]
     return lookup
 
 
 class Crops(torch.utils.data.Dataset):
-    """Endless augmented crops: item n depends on (seed, n) alone, whatever the workers and the order.
+    """Endless augmented crops: item n depends on (seed, n) alone, whatever the workers and order.
 
     parts: (source, indices of its images, share of the crops). Classes are merged by name into
     `class_names`; a set that only says "nucleus" teaches UNKNOWN_CLASS where there are several.
-    An item is image (3, crop, crop) uint8, type_map (crop, crop) uint8, density (1, crop, crop) float32.
+    Item: image (3, crop, crop) uint8, type_map (crop, crop) uint8, density (1, crop, crop) float32.
     """
 
-    def __init__(self, parts, class_names, *, crop, seed=0, sigma=5.0, combine="max", cache=128, **augmentation):
+    def __init__(self, parts, class_names, *, crop, seed=0, sigma=5.0, combine="max", cache=128,
+                 **augmentation):
         self.sources, self.indices, shares = zip(*parts)
         self.shares = np.array(shares) / sum(shares)
         self.lookups = [class_lookup(source, class_names) for source in self.sources]
-        self.crop, self.seed, self.density, self.augmentation = crop, seed, (sigma, combine), augmentation
+        self.crop, self.seed, self.density, self.augmentation = (
+            crop, seed, (sigma, combine), augmentation)
         self.cache, self.cache_size = {}, cache  # the last images read, in each worker
 
     def __getstate__(self):
-        return self.__dict__ | {"cache": {}}  # a spawned worker would get every image in it through a pipe
+        return self.__dict__ | {"cache": {}}  # a spawned worker would get all its images by pipe
 
     def pick(self, n):
         """Crop n's random generator, and which image (part, i) it is cut from."""
@@ -563,20 +589,25 @@ class Crops(torch.utils.data.Dataset):
             if len(self.cache) >= self.cache_size:
                 self.cache.pop(next(iter(self.cache)))  # the oldest
             self.cache[part, i] = self.sources[part].read(i)
-        image, inst_map, type_map = augment(self.cache[part, i], rng, self.crop, **self.augmentation)
+        image, inst_map, type_map = augment(self.cache[part, i], rng, self.crop,
+                                            **self.augmentation)
         margin = (inst_map.shape[0] - self.crop) // 2
         inner = (slice(margin, margin + self.crop),) * 2
-        density = density_map(centroids_of(inst_map) - margin, (self.crop, self.crop), *self.density)
+        density = density_map(centroids_of(inst_map) - margin, (self.crop, self.crop),
+                              *self.density)
         return (torch.from_numpy(image[inner].transpose(2, 0, 1).copy()),
-                torch.from_numpy(self.lookups[part][type_map[inner]]), torch.from_numpy(density)[None])
+                torch.from_numpy(self.lookups[part][type_map[inner]]),
+                torch.from_numpy(density)[None])
 
 
 def main(argv=None):
     """Writes a tile of synthetic tissue."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("image", type=Path, help="file to write, such as example.png")
-    parser.add_argument("--size", type=int, default=512, help="side in pixels of 0.25 µm (default: 512)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another tile (default: 0)")
+    parser.add_argument("--size", type=int, default=512,
+                        help="side in pixels of 0.25 µm (default: 512)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="another seed, another tile (default: 0)")
     args = parser.parse_args(argv)
     source = open_source("synthetic", count=1, size=args.size, seed=args.seed)
     part = args.image.with_name(f".part_{args.image.name}")
@@ -585,7 +616,8 @@ def main(argv=None):
         os.replace(part, args.image)
     except (ValueError, OSError) as error:
         parser.error(f"{args.image}: {error}")
-    counts = ", ".join(f"{n} {name}" for n, name in zip(check_source(source)[1], source.class_names))
+    counts = ", ".join(f"{n} {name}"
+                       for n, name in zip(check_source(source)[1], source.class_names))
     print(f"{args.image}: {args.size}x{args.size} pixels of synthetic tissue, nuclei: {counts}")
 
 

@@ -1,13 +1,13 @@
 """DualU-Net: one encoder and two U-Net decoders that find, outline and classify nuclei.
 
-Anglada-Rotger et al., "Two heads are enough: DualU-Net, a fast and efficient architecture for nuclei
-instance segmentation", MIDL 2025. Needs torch alone; copy this file anywhere:
+Anglada-Rotger et al., "Two heads are enough: DualU-Net, a fast and efficient architecture for
+nuclei instance segmentation", MIDL 2025. Needs torch alone; copy this file anywhere:
 
     model = DualUNet(num_classes=5)                  # 5 kinds of nuclei; class 0 is background
     logits, density = model(torch.rand(2, 3, 256, 256))     # RGB in [0, 1]
     logits.shape, density.shape                      # (2, 6, 256, 256), (2, 1, 256, 256)
 
-`num_classes` K excludes background everywhere: `logits` has K + 1 channels and channel 0 is background.
+`num_classes` K excludes background everywhere: `logits` has K + 1 channels, 0 for background.
 """
 
 import copy
@@ -24,9 +24,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # published config
 IMAGENET_STD = (0.229, 0.224, 0.225)  # published config
 UNKNOWN_CLASS = 255  # in a type_map: a nucleus whose class the data set does not tell
-METADATA = {  # what a model file says of itself beside its architecture, and what holds if it does not
-    "class_names": None, "colors": None, "mpp": None, "licence": None, "combine": "max", "sigma": 5.0,
-}
+METADATA = {  # what a model file says of itself beside its architecture, and the defaults
+    "class_names": None, "colors": None, "mpp": None, "licence": None,
+    "combine": "max", "sigma": 5.0}
 PUBLISHED_CLASSES = {  # K of the authors' checkpoints -> class names and their colours in overlays
     4: {"miscellaneous": (0, 255, 255), "inflammatory": (255, 0, 0),
         "epithelial": (0, 0, 255), "spindle-shaped": (0, 255, 0)},  # CoNSeP
@@ -59,8 +59,8 @@ class ResNetBlock(nn.Module):
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels))
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -230,25 +230,27 @@ class DualUNet(nn.Module):
     """One encoder, one decoder for what each pixel is, one for where each nucleus is.
 
     `config` is the dict that rebuilds the model, plus what its file says of it (see METADATA).
-    zoom: the network sees images enlarged so much, for the encoder halves them at its first layer: small and
-    crowded nuclei survive it, in zoom² of the time. Ours; 1 is published.
+    zoom: the network sees images enlarged so much, for the encoder halves them at its first layer:
+    small and crowded nuclei survive it, in zoom² of the time. Ours; 1 is published.
     """
 
-    def __init__(self, *, num_classes, encoder="resnext50_32x4d", decoder_channels=(256, 128, 64, 32, 16), zoom=1.0):
+    def __init__(self, *, num_classes, encoder="resnext50_32x4d",
+                 decoder_channels=(256, 128, 64, 32, 16), zoom=1.0):
         super().__init__()
         if encoder not in ENCODERS:
             raise ValueError(f"encoder is {encoder!r}; choose one of {', '.join(ENCODERS)}")
         if len(decoder_channels) != 5:
-            raise ValueError(f"decoder_channels has {len(decoder_channels)} entries; give 5, deepest first")
+            raise ValueError(f"decoder_channels has {len(decoder_channels)} entries; "
+                             "give 5, deepest first")
         if not 1 <= zoom <= 4:
             raise ValueError(f"zoom is {zoom}; expected 1 (published) to 4")
-        self.config = {
-            "num_classes": num_classes, "encoder": encoder, "decoder_channels": tuple(decoder_channels), "zoom": zoom,
-        }
+        self.config = {"num_classes": num_classes, "encoder": encoder,
+                       "decoder_channels": tuple(decoder_channels), "zoom": zoom}
         self.encoder = ENCODERS[encoder]()
         self.decoder = Decoder(self.encoder.channels, self.encoder.strides, decoder_channels)
         self.decoder_count = Decoder(self.encoder.channels, self.encoder.strides, decoder_channels)
-        self.segmentation_head = nn.Sequential(nn.Conv2d(decoder_channels[-1], num_classes + 1, 3, padding=1))
+        self.segmentation_head = nn.Sequential(
+            nn.Conv2d(decoder_channels[-1], num_classes + 1, 3, padding=1))
         self.count_head = nn.Sequential(nn.Conv2d(decoder_channels[-1], 1, 3, padding=1))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
@@ -258,7 +260,7 @@ class DualUNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for head in (self.segmentation_head, self.count_head):
-            nn.init.normal_(head[0].weight, std=0.01)  # ours: starts near uniform classes and no peak
+            nn.init.normal_(head[0].weight, std=0.01)  # ours: starts near uniform classes, no peak
 
     def forward(self, images):
         """Raw maps of RGB images.
@@ -274,19 +276,20 @@ class DualUNet(nn.Module):
             x = F.pad(x, (0, -width % 32, 0, -height % 32), mode="replicate")
         features = self.encoder(x.to(next(self.encoder.parameters()).dtype))
         x, y = self.decoder(features), self.decoder_count(features)
-        with torch.autocast(x.device.type, enabled=False):  # in bf16, 1-2 % of the nuclei would change
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would change 1-2 % of the nuclei
             logits, density = self.segmentation_head(x.float()), self.count_head(y.float())
         maps = logits[..., :height, :width], density[..., :height, :width]
         if self.config["zoom"] != 1:
-            maps = tuple(F.interpolate(values, images.shape[-2:], mode="bilinear") for values in maps)
+            maps = tuple(F.interpolate(values, images.shape[-2:], mode="bilinear")
+                         for values in maps)
         return maps
 
     def fuse(self, dtype=None):
         """A frozen copy for inference: equal maps, to 1e-5 relative in float32, in 0.7 of the time.
 
-        dtype: None, or the half precision to compute all but the heads in: autocast, which works too,
-        casts the weights anew at every call. The decoders stay apart: merged into grouped convolutions,
-        so that both read a feature at once, they were no faster, and slow in bf16 with 16 channels.
+        dtype: None, or half precision for all but the heads: autocast, which works too, casts the
+        weights anew at every call. The decoders stay apart: merged into grouped convolutions, so
+        that both read a feature at once, they were no faster, and slow in bf16 with 16 channels.
         """
         fused = copy.deepcopy(self).eval()
         fold_batchnorm(fused)
@@ -302,7 +305,7 @@ class DualUNet(nn.Module):
 
 
 def fold_batchnorm(module):
-    """Folds every BatchNorm into the convolution before it: bn2 into conv2, 1 into 0 of a Sequential."""
+    """Folds BatchNorms into the convolutions before: bn2 into conv2, 1 into 0 of a Sequential."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
             conv = name.replace("bn", "conv") if name.startswith("bn") else str(int(name) - 1)
@@ -321,8 +324,8 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block, in_channels):
         super().__init__()
-        conv, s = block.conv1[0], block.scale
-        up, skip = conv.weight[:, :in_channels], conv.weight[:, in_channels:]  # (out, in or skip, 3, 3)
+        conv, s = block.conv1[0], block.scale  # conv.weight: (out, in + skip, 3, 3)
+        up, skip = conv.weight[:, :in_channels], conv.weight[:, in_channels:]
         flipped = up.flip(2, 3).transpose(0, 1)
         shifted = [F.pad(flipped, (x, s - 1 - x, y, s - 1 - y)) for y in range(s) for x in range(s)]
         self.up_weight = nn.Parameter(sum(shifted))  # (in, out, s + 2, s + 2)
@@ -343,13 +346,13 @@ def dual_loss(logits, density, type_map, density_target, *, class_weights=None,
               ce_weight=1.0, dice_weight=1.0, density_weight=1.0):
     """Weighted cross-entropy + soft Dice over classes + mean squared error of the density.
 
-    logits (N, K+1, H, W), density (N, 1, H, W), type_map (N, H, W) integer in 0..K or UNKNOWN_CLASS,
-    density_target (N, 1, H, W), class_weights (K+1,) or None. Returns a dict of scalars: "ce", "dice",
-    "mse" and their weighted sum "loss".
+    logits (N, K+1, H, W), density (N, 1, H, W), type_map (N, H, W) integer in 0..K or
+    UNKNOWN_CLASS, density_target (N, 1, H, W), class_weights (K+1,) or None. Returns a dict of
+    scalars: "ce", "dice", "mse" and their weighted sum "loss".
 
-    The cross-entropy is the mean over pixels of weight · loss (published), not torch's weighted mean.
-    A nucleus of unknown class is marginalised: its loss is −log of the summed nucleus probabilities, its
-    weight the median nucleus weight, and it counts in the background's Dice alone.
+    The cross-entropy is the mean over pixels of weight · loss (published), not torch's weighted
+    mean. A nucleus of unknown class is marginalised: its loss is −log of the summed nucleus
+    probabilities, its weight the median nucleus weight; it counts in the background's Dice alone.
     """
     log_p = F.log_softmax(logits.float(), dim=1)
     unknown = type_map == UNKNOWN_CLASS
@@ -377,18 +380,20 @@ def dual_loss(logits, density, type_map, density_target, *, class_weights=None,
 def read_checkpoint(path):
     """The plain dict in a torch file, on the CPU; code in it is never run.
 
-    Raises: FileNotFoundError; ValueError when the file is no checkpoint, is cut short or holds code.
+    Raises: FileNotFoundError; ValueError when it is no checkpoint, is cut short or holds code.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .pt or .pth file") from None
+        raise FileNotFoundError(f"{path}: no such checkpoint; "
+                                "give the path of a .pt or .pth file") from None
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error) or "Unsupported global" not in str(error):
-            raise ValueError(f"{path}: not a torch checkpoint; expected a .pt or .pth file") from None
+            raise ValueError(f"{path}: not a torch checkpoint; "
+                             "expected a .pt or .pth file") from None
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise ValueError(f"{path}: holds code ({name[1] if name else 'unknown'}), which is never run; "
-                         "save its state_dict alone and load that") from None
+        raise ValueError(f"{path}: holds code ({name[1] if name else 'unknown'}), "
+                         "which is never run; save its state_dict alone and load that") from None
     except Exception as error:  # torch raises a dozen kinds on damaged files
         raise ValueError(f"{path}: damaged or not a torch checkpoint ({type(error).__name__}); "
                          "download or copy it again") from None
@@ -415,26 +420,30 @@ def save_checkpoint(path, model, *, half=False, **extra):
 
 
 def check_keys(path, expected, got):
-    """Raises ValueError naming what differs between two {name: tensor}; silent when nothing does."""
+    """Raises ValueError naming what differs between two {name: tensor}; silent if nothing does."""
 
     def sample(names):
-        return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return ", ".join(sorted(names)[:3]) + (
+            f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     missing, extra = expected.keys() - got.keys(), got.keys() - expected.keys()
     wrong = [k for k in expected.keys() & got.keys() if expected[k].shape != got[k].shape]
-    problems = [f"missing {sample(missing)}"] * bool(missing) + [f"left over {sample(extra)}"] * bool(extra)
-    problems += [f"{k} is {tuple(got[k].shape)}, expected {tuple(expected[k].shape)}" for k in sorted(wrong)[:3]]
+    problems = ([f"missing {sample(missing)}"] * bool(missing)
+                + [f"left over {sample(extra)}"] * bool(extra))
+    problems += [f"{k} is {tuple(got[k].shape)}, expected {tuple(expected[k].shape)}"
+                 for k in sorted(wrong)[:3]]
     if problems:
         raise ValueError(f"{path}: does not fit the architecture: {'; '.join(problems)}")
 
 
 def class_colors(class_names):
-    """K RGB triples: the published ones where the names are of one published set, else spread hues."""
+    """K RGB triples: published ones where the names are of one published set, else spread hues."""
     for published in PUBLISHED_CLASSES.values():
         if published.keys() >= set(class_names):
             return [published[name] for name in class_names]
-    hues = [math.tau * (k + 0.35) / len(class_names) for k in range(len(class_names))]  # one class: green
-    return [tuple(round(127.5 + 127.5 * math.cos(hue - c * math.tau / 3)) for c in range(3)) for hue in hues]
+    hues = [math.tau * (k + 0.35) / len(class_names) for k in range(len(class_names))]  # one: green
+    return [tuple(round(127.5 + 127.5 * math.cos(hue - c * math.tau / 3)) for c in range(3))
+            for hue in hues]
 
 
 def recognise(path, state):
@@ -444,18 +453,21 @@ def recognise(path, state):
     """
     try:
         num_classes = state["segmentation_head.0.weight"].shape[:1].numel() - 1
-        channels = tuple(state[f"decoder.blocks.{i}.conv1.0.weight"].shape[:1].numel() for i in range(5))
+        channels = tuple(state[f"decoder.blocks.{i}.conv1.0.weight"].shape[:1].numel()
+                         for i in range(5))
     except KeyError as error:
-        raise ValueError(f"{path}: no key {error}, so this is no DualU-Net; for an ImageNet encoder "
-                         "use train.py --encoder-weights") from None
+        raise ValueError(f"{path}: no key {error}, so this is no DualU-Net; for an ImageNet "
+                         "encoder use train.py --encoder-weights") from None
     if not all(0 < size < 2**16 for size in (num_classes, *channels)):
-        raise ValueError(f"{path}: its sizes give {num_classes} classes and decoder channels {channels}; copy it again")
+        raise ValueError(f"{path}: its sizes give {num_classes} classes and decoder channels "
+                         f"{channels}; copy it again")
     candidates = []
     for encoder in ENCODERS:
         config = {"num_classes": num_classes, "encoder": encoder, "decoder_channels": channels}
         with torch.device("meta"):  # shapes without memory
             expected = DualUNet(**config).state_dict()
-        shapes = {k: v.shape for k, v in expected.items()}.items() ^ {k: v.shape for k, v in state.items()}.items()
+        shapes = ({k: v.shape for k, v in expected.items()}.items()
+                  ^ {k: v.shape for k, v in state.items()}.items())
         candidates.append((len(shapes), config, expected))
     _, config, expected = min(candidates, key=lambda candidate: candidate[0])
     check_keys(path, expected, state)
@@ -467,21 +479,24 @@ def load_model(path, device="cpu"):
 
     `model.config` holds what the file says of itself: class_names (list of K str), colors (K RGB
     triples), mpp (µm per pixel or None), licence, and how its density was trained (combine, sigma).
-    A bare or "model"-wrapped state dict of the authors' is recognised by names and shapes; its density
-    is a normalised sum. Raises: FileNotFoundError, ValueError (see `read_checkpoint`, `check_keys`).
+    A bare or "model"-wrapped state dict of the authors' is known by names and shapes; its density
+    is a normalised sum. Raises: FileNotFoundError, ValueError (`read_checkpoint`, `check_keys`).
     """
     checkpoint = read_checkpoint(path)
     ours = "model_config" in checkpoint
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: its weights are {type(state).__name__}; expected a dict of tensors")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)).replace(".timm_model.", "."): v for k, v in state.items()
-             if isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu" and not v.is_complex()}
+        raise ValueError(f"{path}: its weights are {type(state).__name__}; "
+                         "expected a dict of tensors")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)).replace(".timm_model.", "."): v
+             for k, v in state.items() if isinstance(v, torch.Tensor)
+             and v.layout == torch.strided and v.device.type == "cpu" and not v.is_complex()}
     config = checkpoint["model_config"] if ours else recognise(path, state)
     try:
         model = DualUNet(**config)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its model_config fits no DualU-Net ({error}); export it again") from None
+        raise ValueError(f"{path}: its model_config fits no DualU-Net ({error}); "
+                         "export it again") from None
     check_keys(path, model.state_dict(), state)
     model.load_state_dict(state)
 
@@ -492,7 +507,8 @@ def load_model(path, device="cpu"):
         or (f"class {k}" for k in range(1, config["num_classes"] + 1))
     )
     if len(metadata["class_names"]) != config["num_classes"]:
-        raise ValueError(f"{path}: names {metadata['class_names']} for {config['num_classes']} classes; expected one each")
+        raise ValueError(f"{path}: names {metadata['class_names']} for {config['num_classes']} "
+                         "classes; expected one each")
     metadata["colors"] = metadata["colors"] or class_colors(metadata["class_names"])
     model.config.update(metadata)
     return model.to(device).eval()
@@ -505,12 +521,12 @@ FACEBOOK_NAMES = (  # pattern -> timm's name
     (r"\.dwconv\.", ".conv_dw."), (r"\.pwconv1\.", ".mlp.fc1."), (r"\.pwconv2\.", ".mlp.fc2."),
 )
 TORCHVISION_BLOCK = {  # inside features.{2i + 1}.{j}
-    "block.0": "conv_dw", "block.2": "norm", "block.3": "mlp.fc1", "block.5": "mlp.fc2", "layer_scale": "gamma",
-}
+    "block.0": "conv_dw", "block.2": "norm", "block.3": "mlp.fc1", "block.5": "mlp.fc2",
+    "layer_scale": "gamma"}
 
 
 def timm_name(key):
-    """A ConvNeXt parameter's name in timm's dialect, from facebook's, torchvision's or timm's own."""
+    """A ConvNeXt parameter's name in timm's dialect, from facebook's, torchvision's or its own."""
     if match := re.match(r"features\.(\d)\.(\d+)\.(.*)", key):  # torchvision
         index, j, rest = int(match[1]), match[2], match[3]
         if index % 2:
@@ -531,13 +547,14 @@ def load_encoder_weights(model, path_or_url):
     classifier is ignored; any other key missing or left over is a ValueError that names it.
     """
     if re.match(r"https?://", str(path_or_url)):
-        checkpoint = torch.hub.load_state_dict_from_url(path_or_url, map_location="cpu", weights_only=True)
+        checkpoint = torch.hub.load_state_dict_from_url(
+            path_or_url, map_location="cpu", weights_only=True)
     else:
         checkpoint = read_checkpoint(path_or_url)
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     if isinstance(model.encoder, ConvNeXt):
-        state = {timm_name(k): v for k, v in state.items()}
-        state = {k: v.flatten() if k.endswith("gamma") else v for k, v in state.items()}  # (C, 1, 1)
+        state = {timm_name(k): v for k, v in state.items()}  # gamma may be (C, 1, 1)
+        state = {k: v.flatten() if k.endswith("gamma") else v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not re.match(r"(fc|head|norm|classifier)\.", k)}
     check_keys(path_or_url, model.encoder.state_dict(), state)
     model.encoder.load_state_dict(state)

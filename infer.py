@@ -91,17 +91,18 @@ def read_window(image, y0, x0, y1, x1):
 def predict_maps(model, images, *, dtype=None, flips=False):
     """What the network says of a batch: what reconstruction needs, no more.
 
-    images: (N, H, W, 3) uint8. dtype: None, or the half precision to compute in. flips: mean of four views.
+    images: (N, H, W, 3) uint8. dtype: None or the half precision to use. flips: mean of four views.
     Returns type_map (N, H, W) uint8, probability (N, K+1, H, W) and density (N, H, W) float32.
     """
     device = next(model.parameters()).device
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-        images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255  # (N, 3, H, W)
+        images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255  # N, 3, H, W
         views = ((), (2,), (3,), (2, 3)) if flips else ((),)
         both = 0  # probability and density
         for axes in views:
             logits, density = model(images.flip(axes))
-            both += torch.cat([logits.float().softmax(1), density.float()], dim=1).flip(axes) / len(views)
+            both += torch.cat([logits.float().softmax(1), density.float()],
+                              dim=1).flip(axes) / len(views)
         # Not the argmax of all: a nucleus between two classes would lose pixels to the background.
         type_map = (both[:, 1:-1].argmax(1) + 1) * (both[:, 0] < 0.5)
         maps = type_map.to(torch.uint8), both[:, :-1], both[:, -1]
@@ -128,7 +129,7 @@ def own_nuclei(core, halo, shape, type_map, probability, density, options):
 
 
 def ahead(submit, items, depth):
-    """Yields the results of the futures submit(item), in order, while `depth` more are under way."""
+    """Yields the results of the futures submit(item) in order, while `depth` more are under way."""
     waiting = deque()
     for item in items:
         waiting.append(submit(item))
@@ -138,8 +139,8 @@ def ahead(submit, items, depth):
         yield waiting.popleft().result()
 
 
-def predict_tiles(model, image, *, cores=None, tile=TILE, halo=HALO, batch=1, dtype=None, flips=False,
-                  pool=None, **options):
+def predict_tiles(model, image, *, cores=None, tile=TILE, halo=HALO, batch=1, dtype=None,
+                  flips=False, pool=None, **options):
     """Yields the nuclei that each tile owns; arguments as in `predict`.
 
     cores: those of `tile_cores` to look at (default: all).
@@ -163,7 +164,8 @@ def predict_tiles(model, image, *, cores=None, tile=TILE, halo=HALO, batch=1, dt
     def jobs():
         with ThreadPoolExecutor(1) as reader:  # reads while the network computes
             for cores, windows in ahead(partial(reader.submit, read), batches, 1):
-                for core, *maps in zip(cores, *predict_maps(model, windows, dtype=dtype, flips=flips)):
+                for core, *maps in zip(cores, *predict_maps(model, windows, dtype=dtype,
+                                                            flips=flips)):
                     yield core, halo, image.shape, *maps, options
 
     if pool is None:
@@ -206,7 +208,7 @@ def predict(model, image, *, tile=TILE, halo=HALO, batch=1, dtype=None, flips=Fa
     image: anything with `.shape` (H, W, 3) and `image[y0:y1, x0:x1]` -> uint8 RGB.
     tile, halo: side of a tile's core and the margin read around it, multiples of 32.
     batch: tiles that the network takes at once. dtype: None, or half precision by autocast.
-    flips: the network sees every tile in four mirrorings, whose mean counts: better, four times the time.
+    flips: the mean over four mirrorings of every tile counts: better, four times the time.
     pool: an executor that reconstructs while a GPU computes (default: in turn, best on a CPU).
     progress: called with the tiles done and their number. options: those of `reconstruct`.
     From given maps every tile size makes the same nuclei, while no cluster outgrows the halo.
@@ -260,10 +262,11 @@ class Result:
         return np.bincount(self.nuclei.classes, minlength=len(self.class_names) + 1)[1:].tolist()
 
     def rows(self):
-        """Plain (id, x, y, class id, probability or None, area in px, area in µm² or None) a nucleus."""
+        """Plain (id, x, y, class id, probability or None, area in px, in µm² or None) a nucleus."""
         n = self.nuclei
         y, x = n.centroids.T.round(2).tolist()
-        probabilities = [None if math.isnan(p) else p for p in n.probabilities.astype(float).round(4).tolist()]
+        probabilities = [None if math.isnan(p) else p
+                         for p in n.probabilities.astype(float).round(4).tolist()]
         um2 = [None] * len(x) if self.mpp is None else (n.areas * self.mpp**2).round(3).tolist()
         ids = range(1, len(x) + 1)
         return zip(ids, x, y, n.classes.tolist(), probabilities, n.areas.tolist(), um2)
@@ -435,10 +438,10 @@ def pick_device(name):
 
 
 def pick_precision(device):
-    """bfloat16 where the processor computes in it, else None; for `dtype`."""
+    """bfloat16 where the processor computes in it (CPU: from torch 2.6), else None; for `dtype`."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # torch 2.6
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return torch.bfloat16 if any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16"))) else None
 
 
@@ -455,28 +458,30 @@ class Journal:
         if not overwrite and self.path.exists() and self.path.stat().st_size:
             try:
                 text = self.path.read_bytes()
-                whole = text[:text.rfind(b"\n") + 1]  # without a line that a full disk or a kill cut short
+                whole = text[:text.rfind(b"\n") + 1]  # no line cut short by a full disk or a kill
                 first, *lines = map(json.loads, whole.splitlines())
                 if whole != text:
                     self.path.write_bytes(whole)
                 self.done = dict(lines)
                 differing = [k for k, v in settings.items() if first.get(k) != v]
             except (ValueError, TypeError, AttributeError):
-                raise ValueError(f"{self.path}: damaged; choose another --out, or --overwrite") from None
+                raise ValueError(f"{self.path}: damaged; choose another --out, "
+                                 "or --overwrite") from None
             if differing:
-                raise ValueError(f"{folder}: holds outputs of another {', '.join(differing)}; choose another --out, "
-                                 "or replace them with --overwrite")
+                raise ValueError(f"{folder}: holds outputs of another {', '.join(differing)}; "
+                                 "choose another --out, or replace them with --overwrite")
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(self.settings + "\n", encoding="utf-8")
 
     def covers(self, path, stem, formats):
-        """Whether the image was done before. Raises: ValueError where its outputs are another image's."""
+        """Whether the image was done before. Raises: ValueError where its outputs are another's."""
         outputs = [self.path.with_name(stem + FORMATS[name][0]) for name in formats]
         source = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
         if not self.overwrite and stem in self.done and self.done[stem] != source:
-            raise ValueError(f"{path}: {outputs[0]} is of {self.done[stem][0]}, or of an earlier state of this file; "
-                             "choose another --out, or replace it with --overwrite")
+            raise ValueError(f"{path}: {outputs[0]} is of {self.done[stem][0]}, or of an earlier "
+                             "state of this file; choose another --out, "
+                             "or replace it with --overwrite")
         if self.done.get(stem) == source and all(output.exists() for output in outputs):
             return True
         self.pending = json.dumps([stem, source]) + "\n"
@@ -504,7 +509,7 @@ def show_progress(text):
 
 
 def is_slide(path):
-    """Whether slides.py takes the file: one of its formats, or an image too large for its outputs."""
+    """Whether slides.py takes the file: of its formats, or an image too large for its outputs."""
     if path.suffix.lower() in SLIDE_SUFFIXES:
         return True
     with naming(path, "image", "expected PNG, JPEG or TIFF"), open_image(path, math.inf) as file:
@@ -524,9 +529,11 @@ def parse_arguments(argv):
         description="Finds, outlines and classifies the nuclei in H&E images.")
     option = parser.add_argument
     option("images", nargs="*", help="image files, or folders of them")
-    option("--checkpoint", default=CHECKPOINT, help="ours or the authors' (default: weights/consep.pt)")
+    option("--checkpoint", default=CHECKPOINT,
+           help="ours or the authors' (default: weights/consep.pt)")
     option("--classes", help="names of the classes, with commas, where the checkpoint has none")
-    option("--export", metavar="FILE", help="write the checkpoint in our format, half precision, and stop")
+    option("--export", metavar="FILE",
+           help="write the checkpoint in our format, half precision, and stop")
     option("--out", default="predictions", type=Path, help="where to write (default: predictions)")
     option("--overwrite", action="store_true", help="replace outputs of other settings or images")
     option("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest here)")
@@ -537,10 +544,12 @@ def parse_arguments(argv):
     option("--halo", type=int, default=HALO, help="margin read around a core, a multiple of 32: at "
            f"{HALO} the grid changes 0.1 %% of the nuclei, at 64 about 1 %% (default: {HALO})")
     option("--batch", type=int, default=1, help="tiles at once; memory grows with it (default: 1)")
-    option("--flips", action="store_true", help="mean over four mirrorings: better, four times the time")
-    option("--workers", type=int, help="processes that reconstruct beside the network (default: one a "
-           "core up to 8 for a GPU, else none: the network has all cores)")
-    option("--compile", action="store_true", help="torch.compile; a minute first, needs a C++ compiler")
+    option("--flips", action="store_true",
+           help="mean over four mirrorings: better, four times the time")
+    option("--workers", type=int, help="processes that reconstruct beside the network (default: "
+           "one a core up to 8 for a GPU, else none: the network has all cores)")
+    option("--compile", action="store_true",
+           help="torch.compile; a minute first, needs a C++ compiler")
     option("--formats", nargs="+", choices=FORMATS, default=["overlay", "geojson", "csv", "tif"],
            help="files to write (default: all but npy, the label map too, and json, HoVer-Net's); "
            "slides and images above 100 megapixels have neither tif nor json")
@@ -552,7 +561,7 @@ def parse_arguments(argv):
 
 
 def prepare(args):
-    """The model on its device and the dtype to compute in. Raises: ValueError, OSError for a wrong call."""
+    """The model on its device, the dtype to use. Raises: ValueError, OSError for a wrong call."""
     check_tiling(args.tile, args.halo, args.batch)
     if args.mpp is not None and not 0 < args.mpp < math.inf:
         raise ValueError(f"--mpp is {args.mpp}; expected µm per pixel, about 0.25 at 40x")
@@ -610,15 +619,16 @@ def run(args, rank, ranks):
     model = model.fuse(dtype)
     device = next(model.parameters()).device
     model = torch.compile(model) if args.compile else model
-    workers = min(os.cpu_count(), 8) * (device.type == "cuda") if args.workers is None else args.workers
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None  # the same on Windows
+    workers = (min(os.cpu_count(), 8) * (device.type == "cuda") if args.workers is None
+               else args.workers)
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None  # as on Windows
     if config["combine"] == "sum" and not rank:
         print("density trained as a normalised sum: peaks are found by prominence, h = 0.15")
     counts, pixels, failed, before = np.zeros(config["num_classes"], int), 0, 0, 0
     start = time.perf_counter()
     for number, (path, stem) in enumerate(images.items()):
-        options = {"tile": args.tile, "halo": args.halo, "batch": args.batch, "flips": args.flips, "pool": pool,
-                   "progress": lambda done, tiles: show_progress(
+        options = {"tile": args.tile, "halo": args.halo, "batch": args.batch, "flips": args.flips,
+                   "pool": pool, "progress": lambda done, tiles: show_progress(
                        f"{path} ({number + 1} of {len(images)}): {done} of {tiles} tiles")}
         mine = number % ranks == rank  # answers for this image; of a slide all take their tiles
         try:
@@ -632,7 +642,8 @@ def run(args, rank, ranks):
                 before += mine
                 continue
             if slide:
-                result = slides.process(path, stem, model, args, journal, (rank, ranks, mine), formats, **options)
+                result = slides.process(path, stem, model, args, journal, (rank, ranks, mine),
+                                        formats, **options)
             else:
                 result = find_nuclei(path, model, args, mpp, **options)
                 write_outputs(args.out, stem, result, formats)
@@ -651,10 +662,10 @@ def run(args, rank, ranks):
     counts, pixels, failed, before = map(sum, zip(*gather((counts, pixels, failed, before))))
     if not rank:
         classes = ", ".join(f"{name} {n:,}" for name, n in zip(config["class_names"], counts))
-        print(f"{counts.sum():,} nuclei ({classes}) in {len(images) - failed - before} of {len(images)} images, "
-              f"{failed} failed, {before} done before; {pixels / 1e6:.2f} megapixels in "
-              f"{time.perf_counter() - start:.1f} s; written to {args.out}; "
-              f"licence of the weights: {config['licence'] or 'not stated'}")
+        print(f"{counts.sum():,} nuclei ({classes}) in {len(images) - failed - before} of "
+              f"{len(images)} images, {failed} failed, {before} done before; "
+              f"{pixels / 1e6:.2f} megapixels in {time.perf_counter() - start:.1f} s; "
+              f"written to {args.out}; licence of the weights: {config['licence'] or 'not stated'}")
     return 1 if failed else 0
 
 

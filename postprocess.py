@@ -10,6 +10,7 @@ Watershed as a minimum spanning forest: Cousty et al. 2009, "Watershed cuts"
 Arrays and coordinates are (y, x). H, W: image size; N: nuclei; K: classes, 0 = background.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -105,13 +106,14 @@ def watershed(relief, markers, mask):
     label[owner] = marker
     inst_map = label[components]  # final, except where a component holds several markers
 
-    # Components need nothing of each other: flooded some hundred at a time, the cost grows with the area.
+    # Components are independent: flooded some hundred at a time, the cost grows with the area.
     contested = np.bincount(owner, minlength=count + 1) > 1
     pixels = np.flatnonzero(contested[components])
     component = components.ravel()[pixels]
     group = (np.cumsum(np.bincount(component)) >> 18).astype(np.uint16)[component]
     pixels = pixels[np.argsort(group, kind="stable")]
-    relief, markers, flooded, width = np.ravel(relief), markers.ravel(), inst_map.ravel(), mask.shape[1]
+    relief, markers, flooded, width = (
+        np.ravel(relief), markers.ravel(), inst_map.ravel(), mask.shape[1])
     for part in filter(len, np.split(pixels, np.cumsum(np.bincount(group)))):
         first, last = part.min() // width, part.max() // width  # rows
         index = np.full((last - first + 1, width), -1, np.int32)
@@ -132,6 +134,17 @@ def _checked(density):
     return density.astype(np.result_type(density, np.float32), copy=False)
 
 
+def _in_blocks(local_filter, image, reach, dtype, side=512):
+    """local_filter(image) by blocks: down a wide image's columns pixels would miss the cache."""
+    result = np.empty(image.shape, dtype)
+    for y, x in np.ndindex(*(-(-length // side) for length in image.shape)):
+        y, x = y * side, x * side
+        top, left = max(y - reach, 0), max(x - reach, 0)
+        block = local_filter(image[top:y + side + reach, left:x + side + reach])
+        result[y:y + side, x:x + side] = block[y - top:, x - left:][:side, :side]
+    return result
+
+
 def find_peaks(density, *, min_distance=2, threshold=0.3):
     """Pixels above `threshold` that none within `min_distance` exceeds: (N, 2), in scan order.
 
@@ -141,8 +154,12 @@ def find_peaks(density, *, min_distance=2, threshold=0.3):
     density = _checked(density)
     if min_distance < 1:
         raise ValueError(f"min_distance is {min_distance}; expected at least 1 pixel")
-    highest = ndimage.maximum_filter(density, size=2 * min_distance + 1)
-    peaks = np.argwhere((density == highest) & (density > threshold))
+
+    def highest(block):
+        window = ndimage.maximum_filter(block, size=2 * min_distance + 1)
+        return (block == window) & (block > threshold)
+
+    peaks = np.argwhere(_in_blocks(highest, density, min_distance, bool))
     # Squares of side min_distance touch where their peaks are within min_distance of each other.
     squares = np.zeros(np.add(density.shape, min_distance), bool)
     for offset in np.ndindex(min_distance, min_distance):
@@ -261,7 +278,8 @@ def reconstruct(
     if combine not in ("max", "sum"):
         raise ValueError(f"combine is {combine!r}; expected 'max' or 'sum'")
 
-    density = ndimage.gaussian_filter(_checked(density), smooth)
+    gaussian = partial(ndimage.gaussian_filter, sigma=smooth)  # it ends at 4 sigma
+    density = _in_blocks(gaussian, _checked(density), int(4 * smooth + 0.5), np.float32)
     if combine == "max":
         peaks = find_peaks(density, min_distance=min_distance, threshold=threshold)
     else:

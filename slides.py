@@ -3,8 +3,8 @@
     python infer.py slide.svs                          # pip install openslide-python openslide-bin
     torchrun --nproc-per-node 4 infer.py slide.svs     # four processes share the tiles
 
-The nuclei of a tile wait in a file of their own until all tiles are there, so memory does not grow with
-the slide, a killed run goes on where it was, and processes need not talk. infer.py imports this on demand.
+The nuclei of a tile wait in a file of their own until all tiles are done: memory does not grow with
+the slide, a killed run resumes, and processes need not talk. infer.py imports this on demand.
 """
 
 import glob
@@ -23,10 +23,9 @@ from PIL import Image, ImageDraw
 from scipy.spatial import cKDTree
 
 from data import MAX_PIXELS, naming, read_image
-from infer import (
-    FORMATS, SLIDE_SUFFIXES, Result, core_size, explain, gather, legend, measure_anew, predict, predict_tiles, select,
-    tile_cores, write_csv, write_geojson, write_outputs
-)
+from infer import (FORMATS, SLIDE_SUFFIXES, Result, core_size, explain, gather, legend,
+                   measure_anew, predict, predict_tiles, select, tile_cores, write_csv,
+                   write_geojson, write_outputs)
 from postprocess import Nuclei, contours
 
 THUMBNAIL = 4096  # ours: longest side in pixels of the overlay, on which tissue is looked for too
@@ -39,16 +38,16 @@ SAME = 4  # ours: px; peaks of two tiles so close are one nucleus, which both to
 
 def pick_scale(path, mpp, wanted):
     """Pixels of the input to a pixel of what the network sees; warns where they are far apart."""
-    if not mpp or not wanted or abs(wanted / mpp - 1) < 0.05:  # ours: as sizes of nuclei vary anyway
+    if not mpp or not wanted or abs(wanted / mpp - 1) < 0.05:  # ours: as nuclei's sizes vary anyway
         return 1.0
     if not 0.8 <= wanted / mpp <= 1.25:
-        print(f"warning: {path}: {mpp:.3g} µm per pixel, resampled to the checkpoint's {wanted:.3g}: expect "
-              "less than at that resolution", file=sys.stderr)
+        print(f"warning: {path}: {mpp:.3g} µm per pixel, resampled to the checkpoint's "
+              f"{wanted:.3g}: expect less than at that resolution", file=sys.stderr)
     return wanted / mpp
 
 
 def rescale(origin, nuclei, scale, shape):
-    """(origin, nuclei) in the pixels of an image of `shape` (H, W), from pixels `scale` times as wide."""
+    """(origin, nuclei) in pixels of an image of `shape` (H, W), from ones `scale` times as wide."""
     bounds = [np.clip(np.ceil(np.add(start, (0, side)) * scale - 0.5), 0, whole).astype(int)
               for start, side, whole in zip(origin, nuclei.inst_map.shape, shape)]
     rows, columns = (np.minimum((np.arange(*ends) + 0.5) / scale - start, side - 1).astype(int)
@@ -74,20 +73,21 @@ def predict_resampled(path, model, image, mpp, **options):
 
 
 def read_region(slide, path, level, y0, x0, y1, x1):
-    """(h, w, 3) uint8 of a level of an OpenSlide, in that level's pixels; what was not scanned is white."""
+    """(h, w, 3) uint8 of an OpenSlide's level, in its pixels; what was not scanned is white."""
     down = slide.level_downsamples[level]
     with naming(path, "slide", f"level {level} fails at y {y0}, x {x0}: copy it again"):
         region = slide.read_region((round(x0 * down), round(y0 * down)), level, (x1 - x0, y1 - y0))
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))[..., :3]
+    return np.asarray(Image.alpha_composite(
+        Image.new("RGBA", region.size, "white"), region))[..., :3]
 
 
 def read_npy(path, y0, x0, y1, x1):
-    """(h, w, 3) of an array on disk; mapped anew each time, or what was read would stay in memory."""
+    """(h, w, 3) of an array on disk; mapped anew each time, or what was read would stay in RAM."""
     return np.load(path, mmap_mode="r", allow_pickle=False)[y0:y1, x0:x1].copy()
 
 
 def open_levels(path, max_pixels):
-    """([(downsampling, (H, W), read)], µm per pixel or None), finest first; read(y0, x0, y1, x1) -> RGB.
+    """([(downsampling, (H, W), read)], µm/px or None), finest first; read(y0, x0, y1, x1) -> RGB.
 
     Raises: ValueError for a file that is no slide, and where OpenSlide is missing.
     """
@@ -106,7 +106,8 @@ def open_levels(path, max_pixels):
         with naming(path, "slide", "copy it again"):
             slide = openslide.OpenSlide(path)
         sides = [float(slide.properties.get(f"openslide.mpp-{axis}", "nan")) for axis in "xy"]
-        levels = [(slide.level_downsamples[level], size[::-1], partial(read_region, slide, path, level))
+        levels = [(slide.level_downsamples[level], size[::-1],
+                   partial(read_region, slide, path, level))
                   for level, size in enumerate(slide.level_dimensions)]
         return levels, None if math.isnan(sum(sides)) else sum(sides) / 2
     if suffix in SLIDE_SUFFIXES:
@@ -118,7 +119,7 @@ def open_levels(path, max_pixels):
 
 
 class Slide:
-    """A picture in the resolution of a checkpoint: `.shape` and `[y0:y1, x0:x1]`, for `predict_tiles`.
+    """A picture in a checkpoint's resolution: `.shape` and `[y0:y1, x0:x1]`, for `predict_tiles`.
 
     full: (H, W) of the picture; mpp: its µm per pixel or None; scale: its pixels to one pixel here.
     """
@@ -127,26 +128,30 @@ class Slide:
         self.levels, own = open_levels(path, max_pixels)
         self.full, self.mpp = self.levels[0][1], mpp or own
         if wanted and not self.mpp and len(self.levels) > 1:
-            raise ValueError(f"{path}: a slide without resolution; give --mpp, 0.25 at 40x, 0.5 at 20x")
+            raise ValueError(f"{path}: a slide without resolution; "
+                             "give --mpp, 0.25 at 40x, 0.5 at 20x")
         self.scale = pick_scale(path, self.mpp, wanted)
         self.shape = *(max(round(side / self.scale), 1) for side in self.full), 3
 
     def __getitem__(self, window):
         (y0, y1), (x0, x1) = ((s.start, s.stop) for s in window)
-        down, (height, width), read = [level for level in self.levels if level[0] < max(self.scale, 1) + 0.01][-1]
+        down, (height, width), read = [level for level in self.levels
+                                       if level[0] < max(self.scale, 1) + 0.01][-1]
         zoom = self.scale / down  # the level's pixels to one here
         if zoom == 1:
             return read(y0, x0, y1, x1)
         margin = 2 + math.ceil(2 * zoom)  # the filter's reach: pixels do not depend on the window
         top, left = (max(int(start * zoom) - margin, 0) for start in (y0, x0))
-        bottom, right = (min(int(stop * zoom) + margin, side) for stop, side in ((y1, height), (x1, width)))
-        box = x0 * zoom - left, y0 * zoom - top, min(x1 * zoom, right) - left, min(y1 * zoom, bottom) - top
+        bottom, right = (min(int(stop * zoom) + margin, side)
+                         for stop, side in ((y1, height), (x1, width)))
+        box = (x0 * zoom - left, y0 * zoom - top,
+               min(x1 * zoom, right) - left, min(y1 * zoom, bottom) - top)
         pixels = Image.fromarray(read(top, left, bottom, right))
         return np.asarray(pixels.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box))
 
     @cached_property
     def thumbnail(self):
-        """((h, w, 3) uint8 of at most THUMBNAIL pixels a side, the picture's pixels to one of its)."""
+        """((h, w, 3) uint8 of at most THUMBNAIL px a side, the picture's pixels to one of its)."""
         large = [level for level in self.levels if max(level[1]) >= THUMBNAIL]
         down, (height, width), read = large[-1] if large else self.levels[0]
         times = -(-max(height, width) // THUMBNAIL)
@@ -176,7 +181,8 @@ def save_tile(path, core, origin, nuclei, slide):
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         np.savez_compressed(file, origin=origin, inner=inner, lengths=[len(ring) for ring in rings],
-                            rings=np.concatenate([np.zeros((0, 2), int), *rings]), **nuclei._asdict())
+                            rings=np.concatenate([np.zeros((0, 2), int), *rings]),
+                            **nuclei._asdict())
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -187,16 +193,19 @@ class Tiles:
 
     def __init__(self, name, slide, files, config):
         self.name, self.slide, self.shape, self.files = name, slide, slide.full, files
-        self.class_names, self.colors, self.mpp = config["class_names"], config["colors"], slide.mpp or config["mpp"]
+        self.class_names, self.colors, self.mpp = (
+            config["class_names"], config["colors"], slide.mpp or config["mpp"])
         self.again = self.find_again()
-        self.total = sum((np.array(result.counts()) for _, result in self.parts()), np.zeros(len(self.colors), int))
+        self.total = sum((np.array(result.counts()) for _, result in self.parts()),
+                         np.zeros(len(self.colors), int))
 
     def load(self, path):
-        """((y, x) where it begins, nuclei, outlines, which of them lie far from the core's border)."""
+        """((y, x) where it begins, nuclei, outlines, which lie far from the core's border)."""
         try:  # not `naming`: the warnings that it silences are those of all threads
             with np.load(path, allow_pickle=False) as arrays:
                 nuclei = Nuclei(*(arrays[name] for name in Nuclei._fields))
-                rings = np.split(arrays["rings"], np.cumsum(arrays["lengths"])[:-1])[:len(nuclei.areas)]
+                rings = np.split(arrays["rings"],
+                                 np.cumsum(arrays["lengths"])[:-1])[:len(nuclei.areas)]
                 return arrays["origin"], nuclei, rings, arrays["inner"]
         except (ValueError, OSError, KeyError, zipfile.BadZipFile):
             raise ValueError(f"{path}: damaged; delete it and run again") from None
@@ -213,7 +222,8 @@ class Tiles:
         pairs = cKDTree(peaks).query_pairs(SAME * self.slide.scale, output_type="ndarray")
         tiles = owners[pairs, 0]  # (P, 2)
         again = owners[pairs[tiles[:, 0] != tiles[:, 1]].max(axis=1, initial=0)]
-        return {number: again[again[:, 0] == number, 1] for number in np.unique(again[:, 0]).tolist()}
+        return {number: again[again[:, 0] == number, 1]
+                for number in np.unique(again[:, 0]).tolist()}
 
     def parts(self):
         """Yields (origin, Result) of every tile, coordinates in the picture's pixels."""
@@ -221,9 +231,11 @@ class Tiles:
             origin, nuclei, rings, _ = self.load(path)
             keep = np.ones(len(nuclei.areas), bool)
             keep[self.again.get(number, [])] = False
-            nuclei = nuclei._replace(peaks=nuclei.peaks + origin, centroids=nuclei.centroids + origin,
-                                     boxes=nuclei.boxes + np.tile(origin, 2))
-            result = Result(self.name, None, select(nuclei, keep), self.class_names, self.colors, self.mpp)
+            nuclei = nuclei._replace(
+                peaks=nuclei.peaks + origin, centroids=nuclei.centroids + origin,
+                boxes=nuclei.boxes + np.tile(origin, 2))
+            result = Result(self.name, None, select(nuclei, keep), self.class_names, self.colors,
+                            self.mpp)
             result.rings = [ring + origin for ring, kept in zip(rings, keep) if kept]
             yield origin, result
 
@@ -239,7 +251,7 @@ class Tiles:
 
 
 def write_thumbnail(path, tiles):
-    """PNG: the slide at no more than THUMBNAIL pixels a side, outlines in the colours of their classes."""
+    """PNG: the slide, THUMBNAIL pixels a side at most, outlines in their classes' colours."""
     pixels, times = tiles.slide.thumbnail
     strip = Image.fromarray(legend(tiles, pixels.shape[1]))
     canvas = Image.new("RGB", (strip.width, len(pixels) + strip.height))
@@ -253,7 +265,7 @@ def write_thumbnail(path, tiles):
 
 
 def write_label_map(path, tiles):
-    """The label map in the slide's pixels, straight to disk; where two nuclei overlap, the first stays."""
+    """The label map in the slide's pixels, straight to disk; where two overlap, the first stays."""
     np.lib.format.open_memmap(path, "w+", np.int32, tiles.shape)
     count = 0
     for (y, x), result in tiles.parts():
@@ -279,14 +291,15 @@ def choose(path, formats):
     """Those of the formats that a slide is written in. Raises: ValueError where there are none."""
     chosen = [name for name in formats if name in WRITERS]
     if not chosen:
-        raise ValueError(f"{path}: {' and '.join(formats)} would not fit into memory; add one of {', '.join(WRITERS)}")
+        raise ValueError(f"{path}: {' and '.join(formats)} would not fit into memory; "
+                         f"add one of {', '.join(WRITERS)}")
     return chosen
 
 
 def process(path, stem, model, args, journal, share, formats, *, progress, **options):
-    """Finds and writes the nuclei of a slide; returns `Tiles` to the process that wrote, None to others.
+    """Finds and writes a slide's nuclei; returns `Tiles` to the process that wrote, None to others.
 
-    share: (rank, ranks, whether this process writes). Raises: ValueError, OSError, in all processes alike.
+    share: (rank, ranks, whether this one writes). Raises: ValueError, OSError, in all processes.
     """
     rank, ranks, writes = share
     config, error = model.config, None
@@ -295,7 +308,8 @@ def process(path, stem, model, args, journal, share, formats, *, progress, **opt
     try:
         slide = Slide(path, mpp=args.mpp, wanted=config["mpp"], max_pixels=args.max_pixels)
         folder.mkdir(exist_ok=True)
-        cores = sorted(filter(slide.has_tissue, tile_cores(*slide.shape[:2], args.tile)), key=core_size)
+        cores = sorted(filter(slide.has_tissue, tile_cores(*slide.shape[:2], args.tile)),
+                       key=core_size)
         files = {core: folder / f"{core[0]}_{core[1]}.npz" for core in cores}
         own = [core for core in cores[rank::ranks] if not files[core].exists()]
         tiles = predict_tiles(model, slide, cores=own, **options)
@@ -304,7 +318,7 @@ def process(path, stem, model, args, journal, share, formats, *, progress, **opt
             progress(len(cores[rank::ranks]) - len(own) + done, len(cores[rank::ranks]))
     except (ValueError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as failure:
         error = explain(failure, path)
-    if errors := [error for error in gather(error) if error]:  # all arrive here, or some would wait for ever
+    if errors := [error for error in gather(error) if error]:  # all arrive, or some wait for ever
         kept = "; what is done is kept, the same call goes on" if any(folder.glob("*.npz")) else ""
         raise ValueError(errors[0] + kept)
     if not writes:

@@ -95,9 +95,10 @@ def report(args, count, note, rows, versus=None, **more):
 
 NUCLEI = os.path.relpath(ROOT / "weights" / "nuclei.pt")  # its own training is beyond the budget
 INGREDIENTS = {  # run -> in which options of train.py it differs from the base
-    "base": "", "sum": "--combine sum", "stain": "--stain 0", "scale": "--scale 1", "turn": "--turn 0",
-    "blur": "--blur 0", "density": "--density-weight 1", "average": "--average 0",
+    "base": "", "sum": "--combine sum", "stain": "--stain 0", "scale": "--scale 1",
+    "turn": "--turn 0", "blur": "--blur 0", "density": "--density-weight 1", "average": "--average 0",
     "classes": "--class-weights none", "alone": "--data {first}", "init": "--init {nuclei}",
+    "zoom": "--zoom 1.25 --batch {smaller}",
 }
 
 
@@ -138,7 +139,8 @@ def ablation(args):
     for name in INGREDIENTS:
         if name not in args.only or name == "alone" and len(args.data) == 1:
             continue
-        change = [w.format(first=args.data[0], nuclei=NUCLEI) for w in INGREDIENTS[name].split()]
+        change = [w.format(first=args.data[0], nuclei=NUCLEI, smaller=round(args.batch / 1.25**2))
+                  for w in INGREDIENTS[name].split()]
         row, seeds[name] = " ".join(change) or "base", {}
         for seed in args.seeds:
             run = ["--seed", str(seed), "--out", str(args.out / f"{name}-{seed}")]

@@ -35,13 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules are 
 
 import infer
 import peers
-from data import IMAGE_SUFFIXES, SYNTHETIC_CLASSES, centroids_of, density_map, read_image, synthetic_tissue
+from data import (IMAGE_SUFFIXES, SYNTHETIC_CLASSES, centroids_of, density_map, read_image,
+                  synthetic_tissue)
 from dualunet import DualUNet, load_model, save_checkpoint
 from metrics import compare
 from postprocess import find_peaks, prominent_peaks, reconstruct, watershed
 
 RESNEXT50 = {"num_classes": 4, "encoder": "resnext50_32x4d"}  # paper
-TISSUE = 2**24  # pixels of a slide of `area` that are tissue, at most: what takes the time
 SHIPPED = {"num_classes": 4, "encoder": "resnet18", "decoder_channels": (128, 64, 32, 16, 16)}
 
 
@@ -256,9 +256,10 @@ def whole(args):
 
 
 def agreement(args):
-    """Images under each option of infer.py: the time, and how many nuclei stay those of eager fp32."""
+    """Images under each option of infer.py: the time, and the nuclei that stay eager fp32's."""
     side = 128 if args.quick else 1024
-    paths = sorted(p for p in args.images.iterdir() if p.suffix in IMAGE_SUFFIXES) if args.images else []
+    paths = sorted(args.images.iterdir()) if args.images else []
+    paths = [path for path in paths if path.suffix in IMAGE_SUFFIXES]
     images = [read_image(path) for path in paths[:4]] or [synthetic_tissue(8, side)[0]]
     model = load_model(args.checkpoint, args.device)
     eager, fused, half = "eager fp32, tiles of 1024", model.fuse(), model.fuse(torch.bfloat16)
@@ -282,7 +283,8 @@ def agreement(args):
         matched = sum(np.count_nonzero(pair.iou > 0.5) for pair in pairs)
         f1 = 2 * matched / sum(len(pair.true_area) + len(pair.pred_area) for pair in pairs)
         total = sum(len(pair.true_area) for pair in pairs)
-        yield Row(what, eager, seconds[what] / seconds[eager], None, f"F1 {f1:.4f} of {total:,} nuclei")
+        ratio = seconds[what] / seconds[eager]
+        yield Row(what, eager, ratio, None, f"F1 {f1:.4f} of {total:,} nuclei")
 
 
 # ---------------------------------------------------------------- area
@@ -303,7 +305,7 @@ def cost(job, side, args):
     else:  # infer.py on an array on disk: tiles wait there, and are merged
         path, image = Path(args.folder) / "slide.npy", Repeated(synthetic_tissue(8, tile)[0], side)
         array = np.lib.format.open_memmap(path, "w+", np.uint8, (side, side, 3))
-        tissue = min(side, max(TISSUE // side // tile, 1) * tile)  # rows; below them is glass
+        tissue = max(args.tissue * 10**6 // side // tile, 1) * tile  # rows; below them is glass
         for y in range(0, side, tile):
             array[y:y + tile] = image[y:min(y + tile, side), 0:side] if y < tissue else 255
         del array
@@ -346,7 +348,8 @@ def plot(path, curves):
 def area(args):
     """Time and memory against area: reconstruction in one call, and a slide from file to files."""
     sides = (128, 256) if args.quick else (512, 1024, 2048, 4096, 8192)
-    tasks = [("reconstruct", side) for side in sides] + [("slide", side) for side in args.slides or sides]
+    tasks = [("reconstruct", side) for side in sides]
+    tasks += [("slide", side) for side in args.slides or sides]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         costs = dict(zip(tasks, pool.starmap(cost, [(*task, args) for task in tasks], chunksize=1)))
     curves = {}
@@ -362,7 +365,8 @@ def area(args):
 
 # ---------------------------------------------------------------- command line
 
-SECTIONS = {section.__name__: section for section in (network, reconstruction, agreement, whole, area)}
+SECTIONS = {section.__name__: section
+            for section in (network, reconstruction, agreement, whole, area)}
 
 
 def parse_arguments(argv):
@@ -372,9 +376,12 @@ def parse_arguments(argv):
     option("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     option("--device", default="cpu", help="cpu or cuda, for network and whole (default: cpu)")
     option("--compile", action="store_true", help="torch.compile too; needs a C++ compiler")
-    option("--images", type=Path, help="folder whose first four images agreement takes (default: synthetic)")
-    option("--slides", type=int, nargs="+", help="sides in pixels of area's slides, such as 5000 20000, "
-           "the first the base (default: those of reconstruct)")
+    option("--images", type=Path,
+           help="folder whose first four images agreement takes (default: synthetic)")
+    option("--slides", type=int, nargs="+", help="sides in pixels of area's slides, such as 5000 "
+           "20000, the first the base (default: those of reconstruct)")
+    option("--tissue", type=int, default=17, help="megapixels of a slide of area that are tissue, "
+           "at most: what takes the time (default: 17)")
     option("--repeats", type=int, default=5, help="turns, whose median counts (default: 5)")
     option("--out", type=Path, default=Path(__file__).with_suffix(".json"),
            help="JSON file, the plot beside it (default: benchmarks/speed.json)")

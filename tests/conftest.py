@@ -1,4 +1,4 @@
-"""What the tests share: the modules on the path, warnings as errors, small tiles of synthetic tissue."""
+"""What the tests share: the modules on the path, warnings as errors, a tile of synthetic tissue."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""dualunet.py: shapes, gradients, the loss, files of ours and of others, and parity with the authors' network."""
+"""dualunet.py: shapes, gradients, loss, our files and others', parity with the authors' network."""
 
 import re
 import shutil
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dualunet import (
-    ENCODERS, METADATA, PUBLISHED_CLASSES, UNKNOWN_CLASS, DualUNet, class_colors, dual_loss, load_encoder_weights,
-    load_model, read_checkpoint, save_checkpoint,
+    ENCODERS, METADATA, PUBLISHED_CLASSES, UNKNOWN_CLASS, DualUNet, class_colors, dual_loss,
+    load_encoder_weights, load_model, read_checkpoint, save_checkpoint,
 )
 
 SMALL = (16, 16, 8, 8, 8)
@@ -62,7 +62,8 @@ def test_zoom_is_the_network_on_the_enlarged_image():
         for got, expected in zip(zoomed(image), model(resized(image, (51, 105))), strict=True):
             assert got.shape[2:] == (34, 70)
             assert torch.allclose(got, resized(expected, (34, 70)), atol=1e-4)
-        assert not torch.allclose(zoomed(image)[1], model(image)[1], atol=2e-2 * model(image)[1].abs().max())
+        assert not torch.allclose(zoomed(image)[1], model(image)[1],
+                                  atol=2e-2 * model(image)[1].abs().max())
 
 
 def test_heads_answer_in_float32_under_autocast():
@@ -73,15 +74,17 @@ def test_heads_answer_in_float32_under_autocast():
 def test_parameter_counts_are_the_papers():
     def count(encoder):
         with torch.device("meta"):
-            return sum(p.numel() for p in DualUNet(num_classes=5, encoder=encoder).parameters()) / 1e6
+            return sum(
+                p.numel() for p in DualUNet(num_classes=5, encoder=encoder).parameters()) / 1e6
 
     assert count("resnext50_32x4d") == pytest.approx(41.007, abs=1e-3)
     assert count("convnext_base") == pytest.approx(97.81, abs=0.01)
 
 
-@pytest.mark.parametrize("name, encoder", [("resnext50", "resnext50_32x4d"), ("convnext", "convnext_base")])
+@pytest.mark.parametrize("name, encoder", [
+    ("resnext50", "resnext50_32x4d"), ("convnext", "convnext_base")])
 def test_answers_as_the_authors_network(name, encoder, root, tmp_path):
-    """The arrays hold what the authors' network answers to the weights and the image made up here."""
+    """The arrays hold what the authors' network answers to the weights and image made up here."""
     def tensor(key, shape):
         rng = np.random.default_rng(zlib.crc32(key.encode()))
         if key.endswith("num_batches_tracked"):
@@ -99,10 +102,12 @@ def test_answers_as_the_authors_network(name, encoder, root, tmp_path):
         return torch.from_numpy(value.astype(np.float32))
 
     with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in DualUNet(num_classes=5, encoder=encoder).state_dict().items()}
+        shapes = {k: tuple(v.shape) for k, v in
+                  DualUNet(num_classes=5, encoder=encoder).state_dict().items()}
     theirs = {k.replace("encoder.", "encoder.timm_model.") if name == "convnext" else k: shape
               for k, shape in shapes.items()}
-    torch.save({"model": {f"module.{k}": tensor(k, shape) for k, shape in theirs.items()}}, tmp_path / "theirs.pth")
+    torch.save({"model": {f"module.{k}": tensor(k, shape) for k, shape in theirs.items()}},
+               tmp_path / "theirs.pth")
     model = load_model(tmp_path / "theirs.pth")
     assert model.config["encoder"] == encoder and model.config["combine"] == "sum"
     assert model.config["class_names"] == list(PUBLISHED_CLASSES[5])
@@ -135,16 +140,18 @@ def test_loss_equals_plain_formulas():
         total[k] += 1
         total += p[n, :, y, x]
     assert terms["ce"].item() == pytest.approx((ce / 40).item(), rel=1e-5)
-    assert terms["dice"].item() == pytest.approx(1 - ((2 * overlap + 1) / (total + 1)).mean().item(), rel=1e-5)
+    assert terms["dice"].item() == pytest.approx(
+        1 - ((2 * overlap + 1) / (total + 1)).mean().item(), rel=1e-5)
     assert terms["mse"].item() == pytest.approx(((density - target) ** 2).mean().item(), rel=1e-5)
-    assert terms["loss"].item() == pytest.approx((terms["ce"] + terms["dice"] + 20 * terms["mse"]).item(), rel=1e-5)
+    assert terms["loss"].item() == pytest.approx(
+        (terms["ce"] + terms["dice"] + 20 * terms["mse"]).item(), rel=1e-5)
 
 
 def test_unknown_class_teaches_nucleus_but_no_class():
-    logits = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    logits = torch.zeros(1, 4, 2, 2, requires_grad=True)  # of 4 equal probabilities, 3 are nuclei
     density = torch.zeros(1, 1, 2, 2)
     terms = dual_loss(logits, density, torch.full((1, 2, 2), UNKNOWN_CLASS), density)
-    assert terms["ce"].item() == pytest.approx(-np.log(3 / 4), rel=1e-5)  # of 4 equal probabilities, 3 are nuclei
+    assert terms["ce"].item() == pytest.approx(-np.log(3 / 4), rel=1e-5)
     terms["loss"].backward()
     assert (logits.grad[:, 0] > 0).all()  # background falls
     assert torch.allclose(logits.grad[:, 1], logits.grad[:, 2])  # classes alike
@@ -155,7 +162,8 @@ def test_loss_of_perfect_maps_is_zero_and_of_empty_truth_finite():
     logits = 100.0 * torch.nn.functional.one_hot(type_map, 3).permute(0, 3, 1, 2)
     target = torch.rand(1, 1, 2, 2)
     assert dual_loss(logits, target, type_map, target)["loss"].item() == pytest.approx(0, abs=1e-5)
-    assert torch.isfinite(dual_loss(logits, target, torch.zeros(1, 2, 2, dtype=torch.uint8), target)["loss"])
+    assert torch.isfinite(
+        dual_loss(logits, target, torch.zeros(1, 2, 2, dtype=torch.uint8), target)["loss"])
 
 
 # ---------------------------------------------------------------- files
@@ -163,7 +171,8 @@ def test_loss_of_perfect_maps_is_zero_and_of_empty_truth_finite():
 
 def test_checkpoint_explains_itself(tmp_path):
     model = small_model().eval()
-    model.config |= {"class_names": ["a", "b", "c"], "colors": [(1, 2, 3)] * 3, "mpp": 0.25, "licence": "MIT"}
+    model.config |= {"class_names": ["a", "b", "c"], "colors": [(1, 2, 3)] * 3, "mpp": 0.25,
+                     "licence": "MIT"}
     save_checkpoint(tmp_path / "m.pt", model, epoch=3)
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]  # nothing temporary is left
     loaded, image = load_model(tmp_path / "m.pt"), torch.rand(1, 3, 32, 32)
@@ -185,8 +194,10 @@ def test_bare_state_dicts_of_every_encoder_are_recognised(tmp_path):
     for encoder in ("resnet18", "resnet34", "convnext_tiny"):
         torch.save(small_model(encoder).state_dict(), tmp_path / "bare.pth")
         config = load_model(tmp_path / "bare.pth").config
-        assert (config["encoder"], config["decoder_channels"], config["num_classes"]) == (encoder, SMALL, 3)
-        assert config["class_names"] == ["class 1", "class 2", "class 3"] and len(config["colors"]) == 3
+        assert (config["encoder"], config["decoder_channels"], config["num_classes"]) == (
+            encoder, SMALL, 3)
+        assert (config["class_names"] == ["class 1", "class 2", "class 3"]
+                and len(config["colors"]) == 3)
 
 
 def test_wrong_files_end_in_a_sentence(tmp_path):
@@ -202,8 +213,10 @@ def test_wrong_files_end_in_a_sentence(tmp_path):
         "text.pt": (lambda p: p.write_text("no weights"), "not a torch checkpoint"),
         "code.pt": (lambda p: torch.save({"model": Code()}, p), "holds code .*never run"),
         "list.pt": (lambda p: torch.save([1], p), "expected a dict"),
-        "other.pt": (lambda p: torch.save({"fc.weight": torch.ones(1)}, p), "no key 'segmentation_head.0.weight'"),
-        "missing.pt": (lambda p: torch.save({k: v for k, v in state.items() if k != "encoder.conv1.weight"}, p),
+        "other.pt": (lambda p: torch.save({"fc.weight": torch.ones(1)}, p),
+                     "no key 'segmentation_head.0.weight'"),
+        "missing.pt": (lambda p: torch.save({k: v for k, v in state.items()
+                                             if k != "encoder.conv1.weight"}, p),
                        "missing encoder.conv1.weight"),
         "extra.pt": (lambda p: torch.save(state | {"third_head.weight": torch.ones(1)}, p),
                      "left over third_head.weight"),
@@ -211,11 +224,15 @@ def test_wrong_files_end_in_a_sentence(tmp_path):
                     r"count_head.0.bias is \(2,\), expected \(1,\)"),
     }
     conv = "encoder.conv1.weight"
-    for kind, odd in (("sparse", state[conv].to_sparse()), ("complex", state[conv] * 1j), ("meta", state[conv].to("meta"))):
-        cases[f"{kind}.pt"] = (lambda p, odd=odd: torch.save(state | {conv: odd}, p), f"missing {conv}")
-    for kind, odd in (("scalar", torch.zeros(())), ("empty", state["segmentation_head.0.weight"][:0]),
+    for kind, odd in (("sparse", state[conv].to_sparse()), ("complex", state[conv] * 1j),
+                      ("meta", state[conv].to("meta"))):
+        cases[f"{kind}.pt"] = (lambda p, odd=odd: torch.save(state | {conv: odd}, p),
+                               f"missing {conv}")
+    for kind, odd in (("scalar", torch.zeros(())),
+                      ("empty", state["segmentation_head.0.weight"][:0]),
                       ("huge", torch.zeros(1).expand(2**40))):
-        cases[f"{kind}.pt"] = (lambda p, odd=odd: torch.save(state | {"segmentation_head.0.weight": odd}, p), "copy it again")
+        cases[f"{kind}.pt"] = (lambda p, odd=odd: torch.save(
+            state | {"segmentation_head.0.weight": odd}, p), "copy it again")
     for name, (write, words) in cases.items():
         write(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}.*{words}"):
@@ -240,7 +257,8 @@ def test_constructor_refuses_what_it_does_not_know():
 
 def to_facebook(key):
     key = re.sub(r"^stem\.", "downsample_layers.0.", key)
-    key = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key).replace(".blocks.", ".")
+    key = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key).replace(
+        ".blocks.", ".")
     return key.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
 
 
@@ -248,15 +266,15 @@ def to_torchvision(key):
     key = re.sub(r"^stem\.", "features.0.", key)
     key = re.sub(r"^stages\.(\d)\.downsample\.", lambda m: f"features.{2 * int(m[1])}.", key)
     key = re.sub(r"^stages\.(\d)\.blocks\.", lambda m: f"features.{2 * int(m[1]) + 1}.", key)
-    for timm, theirs in (("conv_dw", "block.0"), ("norm", "block.2"), ("mlp.fc1", "block.3"), ("mlp.fc2", "block.5"),
-                         ("gamma", "layer_scale")):
+    for timm, theirs in (("conv_dw", "block.0"), ("norm", "block.2"), ("mlp.fc1", "block.3"),
+                         ("mlp.fc2", "block.5"), ("gamma", "layer_scale")):
         key = key.replace(f".{timm}", f".{theirs}")
     return key
 
 
 @pytest.mark.parametrize("dialect, rename, head", [
-    ("timm", str, "head.fc.weight"), ("facebook", to_facebook, "head.weight"), ("facebook", to_facebook, "norm.bias"),
-    ("torchvision", to_torchvision, "classifier.2.weight"),
+    ("timm", str, "head.fc.weight"), ("facebook", to_facebook, "head.weight"),
+    ("facebook", to_facebook, "norm.bias"), ("torchvision", to_torchvision, "classifier.2.weight"),
 ])
 def test_convnext_weights_in_every_dialect(dialect, rename, head, tmp_path):
     source, target = small_model("convnext_tiny"), DualUNet(num_classes=1, encoder="convnext_tiny")
@@ -305,5 +323,6 @@ def test_works_alone_in_an_empty_folder(root, tmp_path):
     shutil.copy(root / "dualunet.py", tmp_path)
     code = ("import torch, dualunet as d; m = d.DualUNet(num_classes=2, encoder='resnet18');"
             "print(*m(torch.rand(1, 3, 40, 40))[0].shape)")
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, check=True)
     assert result.stdout.split() == ["1", "3", "40", "40"]

@@ -1,4 +1,4 @@
-"""dualunet.py, `fuse`: the inference form equals the network, compiles, and survives torch.export."""
+"""dualunet.py, `fuse`: the inference form equals the network, compiles, survives torch.export."""
 
 import copy
 
@@ -12,7 +12,7 @@ SMALL = (32, 16, 16, 8, 8)
 
 
 def trained_like(encoder="resnet18"):
-    """A network whose norms, biases and layer scales are not those of a fresh one, so that folding shows."""
+    """A network whose norms, biases and layer scales are no fresh one's, so that folding shows."""
     torch.manual_seed(0)
     model = DualUNet(num_classes=3, encoder=encoder, decoder_channels=SMALL).eval()
     for module in model.modules():
@@ -54,7 +54,8 @@ def test_block_is_exact_up_to_the_border(scale, skip_channels):
     torch.manual_seed(0)
     block = DecoderBlock(5, skip_channels, 4, scale).double().eval()
     fold_batchnorm(block)
-    x, skip = torch.rand(1, 5, 3, 2).double(), torch.rand(1, skip_channels, 3 * scale, 2 * scale).double()
+    x, skip = (torch.rand(1, 5, 3, 2).double(),
+               torch.rand(1, skip_channels, 3 * scale, 2 * scale).double())
     skip = skip if skip_channels else None
     assert torch.allclose(FusedBlock(block, 5)(x, skip), block(x, skip), rtol=0, atol=1e-12)
 
@@ -72,13 +73,14 @@ def test_the_original_stays_as_it_was():
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.filterwarnings("ignore:No complete tensor")  # torch's, of any channels-last weight; harmless on a CPU
+@pytest.mark.filterwarnings("ignore:No complete tensor")  # channels-last weights; harmless on a CPU
 def test_export_at_any_multiple_of_32_loads_and_agrees(tmp_path):
     """Batch and sides are dynamic; sides are multiples of 32, above 32."""
     fused, path = trained_like().fuse(), tmp_path / "network.pt2"
     high, wide = (32 * torch.export.Dim(name, min=2, max=512) for name in ("high", "wide"))
     shapes = ({0: torch.export.Dim("batch"), 2: high, 3: wide},)
-    torch.export.save(torch.export.export(fused, (torch.rand(2, 3, 64, 96),), dynamic_shapes=shapes), path)
+    torch.export.save(
+        torch.export.export(fused, (torch.rand(2, 3, 64, 96),), dynamic_shapes=shapes), path)
     loaded = torch.export.load(path).module()
     for shape in [(1, 3, 96, 64), (3, 3, 128, 160)]:
         images = torch.rand(shape)

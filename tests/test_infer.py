@@ -139,7 +139,8 @@ def test_every_option_finds_the_same_nuclei(shipped, option):
         if not shutil.which("g++"):
             pytest.skip("torch.compile needs a C++ compiler")
         model = torch.compile(model)
-    with ProcessPoolExecutor(1, get_context("spawn")) if option == "workers" else nullcontext() as pool:
+    with (ProcessPoolExecutor(1, get_context("spawn")) if option == "workers"
+          else nullcontext()) as pool:
         found = predict(model, image, pool=pool, **options)
     pair = compare(expected.inst_map, found.inst_map)
     same = 2 * (pair.iou > 0.5).sum() / (len(pair.true_area) + len(pair.pred_area))
@@ -151,19 +152,23 @@ def test_every_option_finds_the_same_nuclei(shipped, option):
 def test_flips_are_the_mean_over_four_mirrorings(network):
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), np.uint8)
     _, probability, density = infer.predict_maps(network, image, flips=True)
-    views = {axes: infer.predict_maps(network, np.flip(image, axes).copy()) for axes in ((), (1,), (2,), (1, 2))}
+    views = {axes: infer.predict_maps(network, np.flip(image, axes).copy())
+             for axes in ((), (1,), (2,), (1, 2))}
     for got, k, shift in ((probability, 1, 1), (density, 2, 0)):
-        expected = np.mean([np.flip(maps[k], [a + shift for a in axes]) for axes, maps in views.items()], axis=0)
-        assert np.allclose(got, expected, atol=1e-6) and not np.allclose(got, views[()][k], atol=1e-6)
+        expected = np.mean([np.flip(maps[k], [a + shift for a in axes])
+                            for axes, maps in views.items()], axis=0)
+        assert (np.allclose(got, expected, atol=1e-6)
+                and not np.allclose(got, views[()][k], atol=1e-6))
 
 
 def test_a_nucleus_between_two_classes_is_no_background():
-    class InDoubt(nn.Linear):  # 0.4 background, 0.25 and 0.35 for two classes; then 0.6, 0.1 and 0.3
+    class InDoubt(nn.Linear):  # 0.4 background, 0.25 and 0.35 for two classes; then 0.6, 0.1, 0.3
         def forward(self, images):
             p = torch.tensor([[0.4, 0.25, 0.35], [0.6, 0.1, 0.3]]).log().T[None, :, None]
             return p, torch.zeros(1, 1, 1, 2)
 
-    assert infer.predict_maps(InDoubt(1, 1), np.zeros((1, 1, 2, 3), np.uint8))[0].tolist() == [[[2, 0]]]
+    assert infer.predict_maps(
+        InDoubt(1, 1), np.zeros((1, 1, 2, 3), np.uint8))[0].tolist() == [[[2, 0]]]
 
 
 def test_windows_continue_the_image_as_numpy_reflects_it():
@@ -319,7 +324,8 @@ def test_no_nuclei_and_no_resolution_are_written_too(tmp_path, count):
 
 
 def test_unknown_probabilities_are_left_out(result, tmp_path):
-    nuclei = result.nuclei._replace(probabilities=np.full(len(result.nuclei.areas), np.nan, np.float32))
+    nuclei = result.nuclei._replace(
+        probabilities=np.full(len(result.nuclei.areas), np.nan, np.float32))
     found = infer.Result("a.png", result.image, nuclei, NAMES, COLORS, 0.5)
     infer.write_outputs(tmp_path, "a", found, ["geojson", "csv", "json"])
     for suffix in ("geojson", "json"):
@@ -447,7 +453,8 @@ def test_a_killed_run_goes_on_and_another_is_refused(run, tmp_path, monkeypatch)
         run(tmp_path / "in", "--formats", "csv")
     assert outputs(tmp_path / "out") == ["a_nuclei.csv"]
     code, out, _ = run(tmp_path / "in", "--formats", "csv")
-    assert code == 0 and calls == ["a", "b", "b", "c"] and "in 2 of 3 images, 0 failed, 1 done before" in out
+    assert (code == 0 and calls == ["a", "b", "b", "c"]
+            and "in 2 of 3 images, 0 failed, 1 done before" in out)
 
     code, _, err = run(tmp_path / "in", "--formats", "csv", "--tile", "64")
     assert code == 2 and "holds outputs of another tile" in err and "--overwrite" in err

@@ -104,7 +104,7 @@ def test_a_pass_goes_to_the_side_that_reaches_it_first():
         for view in (np.rot90, lambda a, k: np.rot90(a.T, k)):
             seen = view(relief, turn)
             labels = watershed(seen, view(markers, turn), np.ones(seen.shape))
-            assert labels[seen == 0] == 3  # the pit behind the pass of 5, which is reached from 2 before from 4
+            assert labels[seen == 0] == 3  # the pit behind pass 5, reached from 2 before from 4
 
 
 def test_components_flooded_in_groups_are_flooded_as_alone():
@@ -116,7 +116,8 @@ def test_components_flooded_in_groups_are_flooded_as_alone():
     for shape in (1, 3), (3, 1):
         shift = 9 * np.arange(3).reshape(shape).repeat(mask.shape[0], 0).repeat(mask.shape[1], 1)
         moved = [np.tile(m, shape) + shift * (np.tile(m, shape) > 0) for m in (markers, alone)]
-        assert np.array_equal(watershed(np.tile(relief, shape), moved[0], np.tile(mask, shape)), moved[1])
+        assert np.array_equal(
+            watershed(np.tile(relief, shape), moved[0], np.tile(mask, shape)), moved[1])
 
 
 def test_the_shortcut_for_a_single_marker_changes_nothing():
@@ -249,8 +250,8 @@ def test_peaks_are_taken_as_the_defaults_say():
     density = np.zeros((20, 40))
     density[5, [5, 15, 25, 28]] = 0.31, 0.29, 0.5, 0.5
     density[15, [10, 30]] = 0.16, 0.14
-    highest = [[5, 5], [5, 25], [5, 28]]  # threshold 0.3, min_distance 2
-    for combine, peaks in (("max", highest), ("sum", sorted([*highest, [5, 15], [15, 10]]))):  # h 0.15
+    highest = [[5, 5], [5, 25], [5, 28]]  # threshold 0.3, min_distance 2; for the sum, h 0.15
+    for combine, peaks in (("max", highest), ("sum", sorted([*highest, [5, 15], [15, 10]]))):
         nuclei = reconstruct(np.ones(density.shape, int), density, combine=combine, smooth=0)
         assert nuclei.peaks.tolist() == peaks
 

@@ -22,7 +22,7 @@ TILING = ["--tile", "96", "--halo", "32", "--device", "cpu", "--precision", "fp3
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    """Synthetic tissue of 150 x 260 with glass around, as picture.png and picture.npy; its folder."""
+    """Synthetic tissue of 150 x 260 with glass around, as picture.png and .npy; its folder."""
     folder = tmp_path_factory.mktemp("slides")
     image = np.full((300, 390, 3), 245, np.uint8)
     image[60:210, 40:300] = synthetic_tissue(10, (150, 260))[0]
@@ -48,7 +48,8 @@ def outputs(folder):
 def whole(picture, tmp_path_factory):
     """What the slide of `picture` gives in one go."""
     out = tmp_path_factory.mktemp("whole")
-    assert run(picture / "picture.npy", "--out", out, "--formats", "csv", "geojson", "overlay", "npy") == 0
+    assert run(picture / "picture.npy", "--out", out,
+               "--formats", "csv", "geojson", "overlay", "npy") == 0
     return out
 
 
@@ -58,18 +59,20 @@ def test_a_slide_has_the_nuclei_of_the_image(picture, whole, tmp_path):
     assert len(table(whole)) > 15 and maps[1].dtype == np.int32 and maps[1].shape == (300, 390)
     pair = compare(*maps)
     assert (pair.iou > 0.9).sum() >= 0.97 * max(len(pair.true_area), len(pair.pred_area))
-    rows, areas = table(whole), np.bincount(maps[1].ravel())[1:]
+    rows, areas = table(whole), np.bincount(maps[1].ravel())[1:]  # differ where nuclei overlap
     assert [int(row["id"]) for row in rows] == list(range(1, len(areas) + 1))
-    assert np.mean([int(row["area_px"]) == area for row, area in zip(rows, areas)]) > 0.9  # the rest overlap
+    assert np.mean([int(row["area_px"]) == area for row, area in zip(rows, areas)]) > 0.9
     features = json.loads((whole / "picture_nuclei.geojson").read_text())["features"]
     assert len({feature["id"] for feature in features}) == len(features) == len(rows)
     for row, feature in zip(rows, features):
         x, y = np.array(feature["geometry"]["coordinates"][0]).T
-        assert x.min() < float(row["x"]) + 0.5 < x.max() and y.min() < float(row["y"]) + 0.5 < y.max()
+        assert (x.min() < float(row["x"]) + 0.5 < x.max()
+                and y.min() < float(row["y"]) + 0.5 < y.max())
     with Image.open(whole / "picture_overlay.png") as overlay:
         assert overlay.width == 390 and overlay.height > 300
-    assert {path.name for path in whole.iterdir()} == {"run.jsonl", *(
-        f"picture_{name}" for name in ("nuclei.csv", "nuclei.geojson", "overlay.png", "instances.npy"))}
+    assert {path.name for path in whole.iterdir()} == {
+        "run.jsonl", *(f"picture_{name}" for name in (
+            "nuclei.csv", "nuclei.geojson", "overlay.png", "instances.npy"))}
 
 
 def test_a_killed_slide_goes_on_and_ends_the_same(picture, whole, tmp_path, monkeypatch):
@@ -81,7 +84,8 @@ def test_a_killed_slide_goes_on_and_ends_the_same(picture, whole, tmp_path, monk
             raise KeyboardInterrupt
         save(path, core, *rest)
 
-    words = picture / "picture.npy", "--out", tmp_path, "--formats", "csv", "geojson", "overlay", "npy"
+    words = (picture / "picture.npy", "--out", tmp_path,
+             "--formats", "csv", "geojson", "overlay", "npy")
     monkeypatch.setattr(slides, "save_tile", power_cut)
     with pytest.raises(KeyboardInterrupt):
         run(*words)
@@ -92,7 +96,8 @@ def test_a_killed_slide_goes_on_and_ends_the_same(picture, whole, tmp_path, monk
 
 
 def test_two_processes_write_what_one_writes(picture, whole, root, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", root / "infer.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", root / "infer.py"]
     words = [picture, "--out", tmp_path, "--formats", "csv", "geojson", "overlay", "npy", *TILING]
     done = subprocess.run([*map(str, command + words)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "in 2 of 2 images, 0 failed" in done.stdout, done.stderr
@@ -107,22 +112,26 @@ def test_tiles_of_glass_are_not_looked_at(picture):
     slide = slides.Slide(picture / "picture.npy")
     cores = infer.tile_cores(300, 390, 96)
     seen = {core for core in cores if slide.has_tissue(core)}
-    assert seen == {(y, x, min(y + 96, 320), min(x + 96, 416)) for y in (0, 96, 192) for x in (0, 96, 192, 288)}
+    assert seen == {(y, x, min(y + 96, 320), min(x + 96, 416))
+                    for y in (0, 96, 192) for x in (0, 96, 192, 288)}
     blank = slides.Slide(picture / "picture.npy")
     blank.thumbnail = np.full((300, 390, 3), 240, np.uint8), 1
     assert not any(map(blank.has_tissue, cores))
 
 
 def test_a_nucleus_of_two_tiles_is_written_once(tmp_path):
-    slide, config = SimpleNamespace(scale=1.0, full=(40, 80), mpp=None), {"class_names": ["a"], "colors": [(0, 0, 0)], "mpp": None}
-    for number, (core, peak) in enumerate({(0, 0, 40, 40): (20, 39), (0, 40, 40, 80): (20, 41)}.items()):
+    slide, config = (SimpleNamespace(scale=1.0, full=(40, 80), mpp=None),
+                     {"class_names": ["a"], "colors": [(0, 0, 0)], "mpp": None})
+    for number, (core, peak) in enumerate({(0, 0, 40, 40): (20, 39),
+                                           (0, 40, 40, 80): (20, 41)}.items()):
         inst_map = np.zeros((40, 80), np.int32)
         inst_map[15:25, 33:47], inst_map[2:6, 5 + core[1]:9 + core[1]] = 1, 2
         nuclei = measure(inst_map, (inst_map > 0) * 1, peaks=[peak, (4, 7 + core[1])])
         nuclei = nuclei._replace(probabilities=np.ones(2, np.float32))
         slides.save_tile(tmp_path / f"{number}.npz", core, (0, 0), nuclei, slide)
     tiles = slides.Tiles("a", slide, [tmp_path / "0.npz", tmp_path / "1.npz"], config)
-    assert tiles.counts() == [3] and [row[:3] for row in tiles.rows()] == [(1, 39.5, 19.5), (2, 6.5, 3.5), (3, 46.5, 3.5)]
+    assert tiles.counts() == [3] and [row[:3] for row in tiles.rows()] == [
+        (1, 39.5, 19.5), (2, 6.5, 3.5), (3, 46.5, 3.5)]
     assert len(list(tiles.features())) == 3
 
 
@@ -136,7 +145,8 @@ def test_coordinates_are_those_of_the_picture(scale):
     expected = np.array([42.0, 76.0, 52.0, 82.0]) * scale  # the box, in the picture's pixels
     assert np.abs(scaled.boxes[0] + np.tile(origin, 2) - expected).max() <= 1
     assert np.abs(scaled.peaks[0] + origin + 0.5 - np.array([46.5, 79.5]) * scale).max() <= 1
-    assert scaled.areas[0] == pytest.approx(60 * scale**2, rel=0.2) and scaled.classes.tolist() == [1]
+    assert (scaled.areas[0] == pytest.approx(60 * scale**2, rel=0.2)
+            and scaled.classes.tolist() == [1])
 
 
 # ---------------------------------------------------------------- OpenSlide
@@ -151,7 +161,8 @@ class Pyramid:
     def __init__(self, path):
         image = Image.open(path.with_suffix(".png")).convert("RGBA")
         self.levels = [image, image.reduce(4)]
-        self.level_dimensions, self.level_downsamples = [level.size for level in self.levels], [1.0, 4.0]
+        self.level_dimensions, self.level_downsamples = (
+            [level.size for level in self.levels], [1.0, 4.0])
 
     def read_region(self, location, level, size):
         if self.broken:
@@ -179,9 +190,9 @@ def test_windows_do_not_depend_on_the_grid(picture, pyramid):
         slide = slides.Slide(picture / "picture.svs", wanted=wanted)
         assert slide.shape == (*(round(side * zoomed) for side in (300, 390)), 3)
         h, w = slide.shape[:2]
-        whole, part = slide[0:h, 0:w], slide[h // 3:h - 5, w // 3:w - 5]
+        whole, part = slide[0:h, 0:w], slide[h // 3:h - 5, w // 3:w - 5]  # Pillow rounds
         assert whole.shape == slide.shape
-        assert np.abs(whole[h // 3:h - 5, w // 3:w - 5].astype(int) - part).max() <= 4  # Pillow's rounding
+        assert np.abs(whole[h // 3:h - 5, w // 3:w - 5].astype(int) - part).max() <= 4
 
 
 def test_a_slide_is_resampled_and_answers_in_its_own_pixels(picture, pyramid, tmp_path, capsys):
@@ -204,7 +215,8 @@ def test_bad_slides_end_in_a_sentence(picture, pyramid, tmp_path, capsys, monkey
         return next(line for line in lines if line.startswith(f"error: {picture}"))
 
     slide = picture / "picture.svs"
-    assert "add one of overlay, geojson, csv, npy" in error(slide, "--formats", "tif", "--overwrite")
+    assert "add one of overlay, geojson, csv, npy" in error(
+        slide, "--formats", "tif", "--overwrite")
     words = slide, "--formats", "csv", "--overwrite"
     pyramid.broken = True
     assert "JPEG ended early" in error(*words)
@@ -217,7 +229,8 @@ def test_bad_slides_end_in_a_sentence(picture, pyramid, tmp_path, capsys, monkey
     np.save(picture / "grey.npy", np.zeros((5, 5)))
     assert "expected uint8 (height, width, 3)" in error(picture / "grey.npy", *words[1:])
     (picture / "grey.npy").unlink()
-    assert not [path for path in (tmp_path / "out").iterdir() if path.is_file() and path.name != "run.jsonl"]
+    assert not [path for path in (tmp_path / "out").iterdir()
+                if path.is_file() and path.name != "run.jsonl"]
 
 
 def test_an_image_above_the_limit_goes_by_tiles(picture, whole, tmp_path, monkeypatch):
