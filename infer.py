@@ -21,6 +21,7 @@ import os
 import sys
 import time
 import uuid
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -97,14 +98,15 @@ def predict_maps(model, images, *, dtype=None, flips=False):
     device = next(model.parameters()).device
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255  # N, 3, H, W
-        views = ((), (2,), (3,), (2, 3)) if flips else ((),)
-        both = 0  # probability and density
-        for axes in views:
+
+        def view(*axes):  # probability and density of the batch mirrored along axes
             logits, density = model(images.flip(axes))
-            both += torch.cat([logits.float().softmax(1), density.float()],
-                              dim=1).flip(axes) / len(views)
+            return torch.cat([logits.float().softmax(1), density.float()], dim=1).flip(axes)
+
+        both = (view() + view(2) + view(3) + view(2, 3)) / 4 if flips else view()
         # Not the argmax of all: a nucleus between two classes would lose pixels to the background.
-        type_map = (both[:, 1:-1].argmax(1) + 1) * (both[:, 0] < 0.5)
+        # (`argmax` takes nine times as long as `max` on a CPU.)
+        type_map = (both[:, 1:-1].max(1).indices + 1) * (both[:, 0] < 0.5)
         maps = type_map.to(torch.uint8), both[:, :-1], both[:, -1]
         return tuple(values.cpu().numpy() for values in maps)
 
@@ -321,7 +323,8 @@ def write_overlay(path, result):
     canvas[:height, :width] = result.image
     colors = np.array(result.colors, np.uint8)[result.nuclei.classes - 1]  # (N, 3)
     canvas[:height, :width][edge] = colors[ids[edge] - 1]
-    Image.fromarray(canvas).save(path, "PNG", compress_level=1)  # a quarter of the default's time
+    # Z_RLE: a fifth of the default's time, and photographs hardly grow.
+    Image.fromarray(canvas).save(path, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
 
 
 def write_geojson(path, result):
