@@ -566,8 +566,8 @@ class Crops(torch.utils.data.Dataset):
         self.sources, self.indices, shares = zip(*parts)
         self.shares = np.array(shares) / sum(shares)
         self.lookups = [class_lookup(source, class_names) for source in self.sources]
-        self.crop, self.seed, self.density, self.augmentation = (
-            crop, seed, (sigma, combine), augmentation)
+        self.crop, self.seed, self.density = crop, seed, (sigma, combine)
+        self.augmentation = augmentation
         self.cache, self.cache_size = {}, cache  # the last images read, in each worker
 
     def __getstate__(self):

@@ -112,8 +112,8 @@ def watershed(relief, markers, mask):
     component = components.ravel()[pixels]
     group = (np.cumsum(np.bincount(component)) >> 18).astype(np.uint16)[component]
     pixels = pixels[np.argsort(group, kind="stable")]
-    relief, markers, flooded, width = (
-        np.ravel(relief), markers.ravel(), inst_map.ravel(), mask.shape[1])
+    relief, markers, flooded = np.ravel(relief), markers.ravel(), inst_map.ravel()
+    width = mask.shape[1]
     for part in filter(len, np.split(pixels, np.cumsum(np.bincount(group)))):
         first, last = part.min() // width, part.max() // width  # rows
         index = np.full((last - first + 1, width), -1, np.int32)
@@ -137,11 +137,11 @@ def _checked(density):
 def _in_blocks(local_filter, image, reach, dtype, side=512):
     """local_filter(image) by blocks: down a wide image's columns pixels would miss the cache."""
     result = np.empty(image.shape, dtype)
-    for y, x in np.ndindex(*(-(-length // side) for length in image.shape)):
-        y, x = y * side, x * side
-        top, left = max(y - reach, 0), max(x - reach, 0)
-        block = local_filter(image[top:y + side + reach, left:x + side + reach])
-        result[y:y + side, x:x + side] = block[y - top:, x - left:][:side, :side]
+    for y in range(0, image.shape[0], side):
+        for x in range(0, image.shape[1], side):
+            top, left = max(y - reach, 0), max(x - reach, 0)
+            block = local_filter(image[top:y + side + reach, left:x + side + reach])
+            result[y:y + side, x:x + side] = block[y - top:, x - left:][:side, :side]
     return result
 
 

@@ -193,8 +193,8 @@ class Tiles:
 
     def __init__(self, name, slide, files, config):
         self.name, self.slide, self.shape, self.files = name, slide, slide.full, files
-        self.class_names, self.colors, self.mpp = (
-            config["class_names"], config["colors"], slide.mpp or config["mpp"])
+        self.class_names, self.colors = config["class_names"], config["colors"]
+        self.mpp = slide.mpp or config["mpp"]
         self.again = self.find_again()
         self.total = sum((np.array(result.counts()) for _, result in self.parts()),
                          np.zeros(len(self.colors), int))

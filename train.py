@@ -62,7 +62,8 @@ def parse_options(argv=None):
         help="PanNuke's published split: 1-2-3, 2-1-3 or 3-2-1")
     add("--mpp", 0.25, help="micrometres a pixel of the data, kept in the checkpoint; 0.25 is 40x")
     add("--licence", "that of the training data", help="of the weights, kept in the checkpoint")
-    add("--out", metavar="FOLDER", help="default: runs/ and the time")
+    add("--out", time.strftime("runs/%Y%m%d-%H%M%S"), metavar="FOLDER",
+        help="default: runs/ and the time")
     add("--published", action="store_true", help="the paper's recipe: changes the defaults below")
     add("--encoder", "resnet18", help="small enough for a CPU; resnext50_32x4d is the paper's")
     add("--decoder-channels", (128, 64, 32, 16, 16), nargs=5, type=int, metavar="C",
@@ -397,15 +398,14 @@ def train(options):
         machine = {k: getattr(options, k) for k in ("device", "workers", "resume")}
         options = argparse.Namespace(**vars(options) | saved["options"] | machine)
     else:
-        out = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+        out = Path(options.out)
         if (out / "last.pt").exists():
             raise ValueError(f"{out} holds a run; go on with --resume {out}, or give another --out")
         out.mkdir(parents=True, exist_ok=True)
     device = pick_device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    precision = {"auto": pick_precision(device), "bf16": torch.bfloat16,
-                 "fp32": None}[options.precision]
+    precision = pick_precision(device, options.precision)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(options.seed)
@@ -518,8 +518,7 @@ def print_table(summary, class_names):
 
 def evaluate(options):
     """Scores a checkpoint or infer.py's folder on the first of --data; prints, writes, draws."""
-    source, out = (open_source(options.data[0]),
-                   Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S")))
+    source, out = open_source(options.data[0]), Path(options.out)
     split = {"train": [], "val": []}
     if Path(options.evaluate).is_dir():
         class_names = list(source.class_names)
@@ -528,11 +527,9 @@ def evaluate(options):
             return read_predictions(options.evaluate, source.names[i], class_names)
     else:
         device = pick_device(options.device)
-        precision = {"auto": pick_precision(device), "bf16": torch.bfloat16,
-                     "fp32": None}[options.precision]
-        model = load_model(options.evaluate, device).fuse(precision)
-        split, class_names = (read_checkpoint(options.evaluate).get("split", split),
-                              model.config["class_names"])
+        model = load_model(options.evaluate, device).fuse(pick_precision(device, options.precision))
+        class_names = model.config["class_names"]
+        split = read_checkpoint(options.evaluate).get("split", split)
         find = finder(model, None, flips=options.flips)
 
     wanted = options.val or ([] if options.all else split["val"])
@@ -572,7 +569,7 @@ def evaluate(options):
 
 def check_data(options):
     """Reads images and labels, lists all problems at once, counts classes, draws contact sheets."""
-    out, bad = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S")), 0
+    out, bad = Path(options.out), 0
     out.mkdir(parents=True, exist_ok=True)
     for path in options.data:
         source = open_source(path)

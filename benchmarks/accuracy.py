@@ -98,7 +98,7 @@ INGREDIENTS = {  # run -> in which options of train.py it differs from the base
     "base": "", "sum": "--combine sum", "stain": "--stain 0", "scale": "--scale 1",
     "turn": "--turn 0", "blur": "--blur 0", "density": "--density-weight 1", "average": "--average 0",
     "classes": "--class-weights none", "alone": "--data {first}", "init": "--init {nuclei}",
-    "zoom": "--zoom 1.25 --batch {smaller}",
+    "zoom": "--zoom 1.25 --batch {smaller}",  # as many pixels for the network
 }
 
 

@@ -229,7 +229,8 @@ class Fuzz:
                  {"id": ids, "class": type_map.flat[first]})
         self.labels = [{"inst_map": inst_map} | arrays for arrays in types]
         real = [sorted(Path(root).rglob(f"{part}/*.*"))
-                for root in data for part in ("[Ii]mages", "[Ll]abels")]  # 20 from all over each:
+                for root in data for part in ("[Ii]mages", "[Ll]abels")]
+        # 20 from all over each
         self.real = [path for paths in real for path in paths[::-(-len(paths) // 20) or 1]]
 
     def prepare(self, rng, folder):

@@ -162,6 +162,15 @@ def plain_reconstruction(marker, mask):
     return marker
 
 
+def test_blocks_do_not_show():
+    density = relief_of("noise", 0, (530, 1050))  # two by three blocks
+    peaks = (density == ndimage.maximum_filter(density, 5)) & (density > 0.3)
+    assert np.array_equal(find_peaks(density), np.argwhere(peaks))
+    smooth = ndimage.gaussian_filter(density, 1)
+    found = postprocess._in_blocks(lambda x: ndimage.gaussian_filter(x, 1), density, 4, float)
+    assert np.array_equal(found, smooth)
+
+
 @pytest.mark.parametrize("kind", KINDS[:4])
 @pytest.mark.parametrize("h", [0.11, 0.3, 0.7])
 def test_prominent_peaks_are_the_maxima_of_a_plain_reconstruction(kind, h):
