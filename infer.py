@@ -14,16 +14,18 @@ Needs dualunet.py, postprocess.py and data.py beside it, and slides.py for slide
 
 import argparse
 import csv
-import hashlib
+import ctypes
 import json
 import math
 import os
+import struct
 import sys
 import time
 import uuid
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, partial
@@ -39,7 +41,7 @@ from scipy import ndimage
 
 from data import IMAGE_SUFFIXES, MAX_PIXELS, naming, open_image, read_image
 from dualunet import class_colors, load_model, save_checkpoint
-from postprocess import Nuclei, contours, measure, reconstruct
+from postprocess import Nuclei, contours, measure, reconstruct, select
 
 STRIDE = 32  # the encoders' total stride: windows that start on it are cut into the same cells
 TILE = 1024  # ours: with halo 128 the network reads 1.56 times the image's area
@@ -86,7 +88,7 @@ def read_window(image, y0, x0, y1, x1):
     pixels = np.asarray(image[top:rows.max() + 1, left:columns.max() + 1])
     if pixels.dtype != np.uint8:
         raise ValueError(f"image holds {pixels.dtype}; expected uint8 RGB, 0 to 255")
-    return pixels[rows - top][:, columns - left]
+    return pixels.take(rows - top, 0).take(columns - left, 1)  # by index, twice the time
 
 
 def predict_maps(model, images, *, dtype=None, flips=False):
@@ -109,12 +111,6 @@ def predict_maps(model, images, *, dtype=None, flips=False):
         type_map = (both[:, 1:-1].max(1).indices + 1) * (both[:, 0] < 0.5)
         maps = type_map.to(torch.uint8), both[:, :-1], both[:, -1]
         return tuple(values.cpu().numpy() for values in maps)
-
-
-def select(nuclei, keep):
-    """The nuclei whose row of `keep` (N,) bool is true, numbered anew."""
-    ids = np.append(0, np.where(keep, keep.cumsum(), 0)).astype(np.int32)
-    return Nuclei(ids[nuclei.inst_map], *(values[keep] for values in nuclei[1:]))
 
 
 def own_nuclei(core, halo, shape, type_map, probability, density, options):
@@ -189,11 +185,11 @@ def give_way(nuclei, taken):
     nucleus keeps the largest piece that is left, or goes if that is less than half: then it is the
     earlier one once more, its peak seen in two cores.
     """
-    inst_map = np.where(taken, 0, nuclei.inst_map)
-    left = np.bincount(inst_map.ravel(), minlength=len(nuclei.areas) + 1)[1:]
-    cut = np.flatnonzero(left < nuclei.areas)
+    cut = np.unique(nuclei.inst_map[taken])
+    cut = cut[cut > 0] - 1
     if not len(cut):
         return nuclei
+    inst_map = np.where(taken, 0, nuclei.inst_map)
     for row, (y0, x0, y1, x1) in zip(cut, nuclei.boxes[cut]):
         box = inst_map[y0:y1, x0:x1]
         pieces, count = ndimage.label(box == row + 1)
@@ -308,6 +304,25 @@ def legend(result, width):
     return np.asarray(strip)
 
 
+def write_png(path, image):
+    """An (H, W, 3) uint8 image as PNG (w3.org/TR/png), in a third of the time that Pillow takes.
+
+    Pillow tries five filters on every row; here all rows are differences (filter 1, "Sub").
+    """
+    height, width = image.shape[:2]
+    rows = np.ones((height, 1 + 3 * width), np.uint8)
+    rows[:, 1:] = image.reshape(height, -1)
+    rows[:, 4:] -= rows[:, 1:-3]
+    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)  # photographs hardly repeat
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, data in ((b"IHDR", header), (b"IDAT", packer.compress(rows) + packer.flush()),
+                           (b"IEND", b"")):
+            check = zlib.crc32(data, zlib.crc32(kind))
+            file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check))
+
+
 def write_overlay(path, result):
     """PNG: the image, every outline in its class's colour, and the legend in a strip below."""
     ids = result.nuclei.inst_map
@@ -323,8 +338,7 @@ def write_overlay(path, result):
     canvas[:height, :width] = result.image
     colors = np.array(result.colors, np.uint8)[result.nuclei.classes - 1]  # (N, 3)
     canvas[:height, :width][edge] = colors[ids[edge] - 1]
-    # A quarter of the default's time, and photographs hardly grow.
-    Image.fromarray(canvas).save(path, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    write_png(path, canvas)
 
 
 def write_geojson(path, result):
@@ -448,6 +462,18 @@ def pick_precision(device, name="auto"):
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
     able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return torch.bfloat16 if any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16"))) else None
+
+
+def keep_memory():
+    """Has glibc, where that is the C library, keep what is freed: a quarter off the time on a CPU.
+
+    It gives large blocks back, and the kernel then has to clear every page of the next ones.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has pages of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: none, the heap never shrinks
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads
 
 
 class Journal:
@@ -610,7 +636,7 @@ def run(args, rank, ranks):
         if rank:
             gather(None)  # the first process opens the journal for all
         journal = Journal(args.out, {
-            "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+            "checkpoint": zlib.crc32(Path(args.checkpoint).read_bytes()),
             "classes": config["class_names"], "mpp": mpp, "tile": args.tile, "halo": args.halo,
             "precision": str(dtype), "flips": args.flips, "formats": args.formats,
         }, args.overwrite and not rank)
@@ -677,6 +703,7 @@ def run(args, rank, ranks):
 def main(argv=None):
     """Runs the command; returns 0, 1 when an image failed, or 2 when the call makes no sense."""
     args = parse_arguments(argv)
+    keep_memory()
     rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     if ranks == 1:
         return run(args, rank, ranks)

@@ -24,9 +24,9 @@ from scipy.spatial import cKDTree
 
 from data import MAX_PIXELS, naming, read_image
 from infer import (FORMATS, SLIDE_SUFFIXES, Result, core_size, explain, gather, legend,
-                   measure_anew, predict, predict_tiles, select, tile_cores, write_csv,
+                   measure_anew, predict, predict_tiles, tile_cores, write_csv,
                    write_geojson, write_outputs)
-from postprocess import Nuclei, contours
+from postprocess import Nuclei, contours, select
 
 THUMBNAIL = 4096  # ours: longest side in pixels of the overlay, on which tissue is looked for too
 GLASS = 230  # ours: a thumbnail's pixel with a darker channel is tissue; glass is at 235 to 255

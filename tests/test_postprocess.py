@@ -127,10 +127,11 @@ def test_the_shortcut_for_a_single_marker_changes_nothing():
     labels, (components, count) = watershed(relief, markers, mask), ndimage.label(mask)
     shortcuts = 0
     for pixels in (components == n for n in range(1, count + 1)):
-        index = np.full(mask.shape, -1)
-        index[pixels] = np.arange(pixels.sum())
+        number = np.pad(np.where(pixels, np.cumsum(pixels).reshape(mask.shape), 0) - 1, (0, 1),
+                        constant_values=-1)
         if (markers * pixels).any():
-            edges = postprocess._neighbours(index)
+            nodes, stride = np.flatnonzero(number >= 0), number.shape[1]
+            edges = postprocess._edges(number.ravel(), nodes, (1, stride))
             flooded = postprocess._flood(relief[pixels], markers[pixels], edges)
             assert np.array_equal(labels[pixels], flooded)
             shortcuts += len(np.unique(flooded)) == 1
@@ -167,7 +168,7 @@ def test_blocks_do_not_show():
     peaks = (density == ndimage.maximum_filter(density, 5)) & (density > 0.3)
     assert np.array_equal(find_peaks(density), np.argwhere(peaks))
     smooth = ndimage.gaussian_filter(density, 1)
-    found = postprocess._in_blocks(lambda x: ndimage.gaussian_filter(x, 1), density, 4, float)
+    found = postprocess._in_blocks(lambda x: ndimage.gaussian_filter(x, 1), density, float, 4)
     assert np.array_equal(found, smooth)
 
 
