@@ -10,7 +10,6 @@ Watershed as a minimum spanning forest: Cousty et al. 2009, "Watershed cuts"
 Arrays and coordinates are (y, x). H, W: image size; N: nuclei; K: classes, 0 = background.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -297,8 +296,8 @@ def reconstruct(
     if combine not in ("max", "sum"):
         raise ValueError(f"combine is {combine!r}; expected 'max' or 'sum'")
 
-    gaussian = partial(ndimage.gaussian_filter, sigma=smooth)  # it ends at 4 sigma
-    density = _in_blocks(gaussian, _checked(density), np.float32, int(4 * smooth + 0.5))
+    density = _in_blocks(lambda block: ndimage.gaussian_filter(block, smooth), _checked(density),
+                         np.float32, reach=int(4 * smooth + 0.5))  # the filter ends at 4 sigma
     if combine == "max":
         peaks = find_peaks(density, min_distance=min_distance, threshold=threshold)
     else:
@@ -335,8 +334,8 @@ def contours(inst_map):
     own = padded[stride:-stride]
     beside = [padded[stride + step:len(padded) - stride + step] for step in across]
     edges = [np.flatnonzero((own != 0) & (own != other)) + stride for other in beside]
-    edges = [4 * pixel + side for side, pixel in enumerate(edges)]
-    edges = np.sort(np.hstack(edges))  # an edge is 4 * pixel + side, and runs towards side + 1
+    # An edge is 4 * pixel + side, and runs towards side + 1.
+    edges = np.sort(np.hstack([4 * pixels + side for side, pixels in enumerate(edges)]))
     pixel, side = np.divmod(edges, 4)
     ids = padded[pixel]
 
@@ -374,8 +373,6 @@ def contours(inst_map):
     walk = walk[turns[walk]]
     begin = np.flatnonzero(np.diff(ids[walk], prepend=0))
     end = np.append(begin[1:], len(walk))
-    outlines = [np.zeros((0, 2), np.int64)] * int(padded.max(initial=0))
     rings = np.split(starts[np.insert(walk, end, walk[begin])], end + np.arange(1, len(end) + 1))
-    for label, outline in zip(ids[walk[begin]].tolist(), rings):
-        outlines[label - 1] = outline
-    return outlines
+    outlines = dict(zip(ids[walk[begin]].tolist(), rings))
+    return [outlines.get(label, rings[0][:0]) for label in range(1, padded.max(initial=0) + 1)]

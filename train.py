@@ -27,7 +27,7 @@ from data import (PANNUKE_SPLITS, Crops, check_source, class_lookup, cut, open_s
                   read_predictions)
 from dualunet import (DualUNet, class_colors, dual_loss, load_encoder_weights, load_model,
                       read_checkpoint, save_checkpoint)
-from infer import pick_device, pick_precision, predict, show_progress
+from infer import keep_memory, pick_device, pick_precision, predict, show_progress
 from metrics import bootstrap_interval, panoptic_quality, score_image, summarise
 from postprocess import contours
 
@@ -594,6 +594,7 @@ def check_data(options):
 
 def main(argv=None):
     options = parse_options(argv)
+    keep_memory()
     try:
         action = check_data if options.check_data else evaluate if options.evaluate else train
         action(options)
