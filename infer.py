@@ -305,9 +305,10 @@ def legend(result, width):
 
 
 def write_png(path, image):
-    """An (H, W, 3) uint8 image as PNG (w3.org/TR/png), in a third of the time that Pillow takes.
+    """An (H, W, 3) uint8 image as PNG (w3.org/TR/png) in less than half of Pillow's time.
 
-    Pillow tries five filters on every row; here all rows are differences (filter 1, "Sub").
+    Pillow tries five filters on every row; here all rows are differences (filter 1, "Sub"), which
+    makes files of photographs a sixth larger.
     """
     height, width = image.shape[:2]
     rows = np.ones((height, 1 + 3 * width), np.uint8)
