@@ -328,17 +328,19 @@ def write_overlay(path, result):
     """PNG: the image, every outline in its class's colour, and the legend in a strip below."""
     ids = result.nuclei.inst_map
     height, width = ids.shape
-    around = np.pad(ids, 1)
     edge = np.zeros(ids.shape, bool)  # pixels of a nucleus with another id, or the frame, beside
-    for y, x in ((0, 1), (1, 0), (1, 2), (2, 1)):
-        edge |= ids != around[y:y + height, x:x + width]
-    edge &= ids > 0
+    edge[[0, -1]] = edge[:, [0, -1]] = True
+    for pixels, edges in ((ids, edge), (ids.T, edge.T)):
+        differ = pixels[1:] != pixels[:-1]
+        edges[1:] |= differ
+        edges[:-1] |= differ
+    y, x = np.divmod(np.flatnonzero(edge & (ids > 0)), width)
     strip = legend(result, width)
     canvas = np.zeros((height + len(strip), strip.shape[1], 3), np.uint8)
     canvas[height:] = strip
     canvas[:height, :width] = result.image
     colors = np.array(result.colors, np.uint8)[result.nuclei.classes - 1]  # (N, 3)
-    canvas[:height, :width][edge] = colors[ids[edge] - 1]
+    canvas[y, x] = colors[ids[y, x] - 1]
     write_png(path, canvas)
 
 
@@ -403,7 +405,7 @@ def write_outputs(folder, stem, result, formats, writers=FORMATS):
             os.fsync(file.fileno())
 
     try:
-        with ThreadPoolExecutor() as pool:  # compression leaves the other cores to the others
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # more would wait for each other
             list(pool.map(write, formats, parts))  # raises what they raise
         for part, path in zip(parts, paths):
             os.replace(part, path)
