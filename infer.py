@@ -308,7 +308,7 @@ def write_png(path, image):
     """An (H, W, 3) uint8 image as PNG (w3.org/TR/png) in less than half of Pillow's time.
 
     Pillow tries five filters on every row; here all rows are differences (filter 1, "Sub"), which
-    makes files of photographs a sixth larger.
+    makes files a sixth to a quarter larger than Pillow's of the same level.
     """
     height, width = image.shape[:2]
     rows = np.ones((height, 1 + 3 * width), np.uint8)
@@ -655,7 +655,8 @@ def run(args, rank, ranks):
     workers = args.workers
     if workers is None:
         workers = min(os.cpu_count(), 8) * (device.type == "cuda")
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None  # as on Windows
+    pool = ProcessPoolExecutor(  # spawn: as on Windows
+        workers, get_context("spawn"), initializer=keep_memory) if workers else None
     if config["combine"] == "sum" and not rank:
         print("density trained as a normalised sum: peaks are found by prominence, h = 0.15")
     counts, pixels, failed, before = np.zeros(config["num_classes"], int), 0, 0, 0

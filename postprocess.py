@@ -44,9 +44,10 @@ def _in_blocks(local_filter, image, dtype, reach=0, side=512):
 
 
 def _edges(number, pixels, offsets):
-    """Both ends (2, E) of every edge that leads from `pixels`, flat indices, by one of `offsets`.
+    """Both ends (2, E) of every edge that leads from `pixels`, all nodes, by one of `offsets` > 0.
 
-    number: flat grid with the number of every node, -1 for none; all pixels are nodes.
+    number: flat grid with the number of every node, -1 for none, as in the column after the last
+    and the row below, where edges would leave the image. pixels: indices of it.
     """
     low = np.tile(number[pixels], len(offsets))
     high = np.hstack([number[pixels + offset] for offset in offsets])
@@ -228,7 +229,8 @@ def measure(inst_map, type_map, *, peaks, class_probability=None):
     starts[:, 1:] = inst_map[:, 1:] != inst_map[:, :-1]
     starts[:, 1:] |= type_map[:, 1:] != type_map[:, :-1]
     starts = np.flatnonzero(starts)
-    lengths, rows = np.diff(starts, append=inst_map.size), inst_map.ravel()[starts] - 1
+    lengths = np.diff(starts, append=inst_map.size)
+    rows = inst_map.ravel()[starts].astype(np.int64) - 1
     starts, lengths, rows = (values[rows >= 0] for values in (starts, lengths, rows))
     y, x = np.divmod(starts, inst_map.shape[1])
     areas = np.bincount(rows, lengths, count).astype(np.int64)
@@ -251,7 +253,8 @@ def measure(inst_map, type_map, *, peaks, class_probability=None):
     probabilities = np.full(count, np.nan, np.float32)
     if class_probability is not None:
         pixels = np.flatnonzero(inst_map != 0)
-        rows, y = inst_map.ravel()[pixels] - 1, pixels // inst_map.shape[1]
+        rows = inst_map.ravel()[pixels].astype(np.int64) - 1
+        y = pixels // inst_map.shape[1]
         x = pixels - y * inst_map.shape[1]  # sooner than by divmod
         total = np.bincount(rows, class_probability[classes[rows], y, x], count)
         probabilities[present] = total[present] / areas[present]
@@ -328,8 +331,8 @@ def contours(inst_map):
     shoelace area is pixels plus holes. An id in several 4-connected pieces gets the ring of the
     largest, an id without pixels an empty array.
     """
-    padded = np.pad(inst_map, 1)
-    stride, padded = padded.shape[1], padded.ravel()
+    padded = np.pad(np.asarray(inst_map), 1)
+    stride, padded, count = padded.shape[1], padded.ravel(), int(padded.max())
     across = np.array((-stride, 1, stride, -1))  # over side 0, 1, 2, 3: top, right, bottom, left
     own = padded[stride:-stride]
     beside = [padded[stride + step:len(padded) - stride + step] for step in across]
@@ -337,7 +340,9 @@ def contours(inst_map):
     # An edge is 4 * pixel + side, and runs towards side + 1.
     edges = np.sort(np.hstack([4 * pixels + side for side, pixels in enumerate(edges)]))
     pixel, side = np.divmod(edges, 4)
-    ids = padded[pixel]
+    ids = padded[pixel].astype(np.int64)
+    if not count:
+        return []
 
     ahead = pixel + across[(side + 1) % 4]
     beyond = ahead + across[side]
@@ -359,20 +364,18 @@ def contours(inst_map):
     ring = _cycles(following)
     first = np.unique(ring, return_index=True)[1]
     area = np.bincount(ring, starts[:, 1] * np.array((0, 1, 0, -1))[side])  # holes are negative
-    largest = np.full(padded.max(initial=0) + 1, -1)
+    largest = np.full(count + 1, -1)
     by_area = first[np.argsort(area)]
     largest[ids[by_area]] = by_area  # the largest ring of an id comes last and stays
     largest = largest[largest >= 0]
 
-    # Depth first from one more node, before every ring, all rings are walked in one call.
-    count = len(edges)
-    hops = np.hstack((following, largest))
-    rows = np.append(np.arange(count + 1), len(hops))
-    hops = csr_matrix((np.ones(len(hops)), hops, rows), (count + 1, count + 1))
-    walk = csgraph.depth_first_order(hops, count, return_predecessors=False)[1:]
+    # The end of each ring leads on to the beginning of the next: one walk visits them all.
+    following[np.argsort(following)[largest]] = np.roll(largest, -1)
+    hops = csr_matrix((np.ones(len(edges)), following, np.arange(len(edges) + 1)))
+    walk = csgraph.breadth_first_order(hops, largest[0], return_predecessors=False)
     walk = walk[turns[walk]]
     begin = np.flatnonzero(np.diff(ids[walk], prepend=0))
     end = np.append(begin[1:], len(walk))
     rings = np.split(starts[np.insert(walk, end, walk[begin])], end + np.arange(1, len(end) + 1))
     outlines = dict(zip(ids[walk[begin]].tolist(), rings))
-    return [outlines.get(label, rings[0][:0]) for label in range(1, padded.max(initial=0) + 1)]
+    return [outlines.get(label, rings[0][:0]) for label in range(1, count + 1)]

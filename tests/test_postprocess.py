@@ -281,6 +281,19 @@ def test_measure_takes_the_majority_and_survives_an_id_without_pixels():
         measure(inst_map, type_map, peaks=np.zeros((2, 2)))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.uint32, np.uint64])
+def test_label_maps_of_any_integers_are_measured_and_outlined(dtype):
+    inst_map = np.zeros((40, 30), np.int64)
+    inst_map[3:9, 25:], inst_map[10:15, :4], inst_map[30, 8:20] = 1, 2, 255  # ids at both sides
+    peaks, probability = np.zeros((255, 2)), np.random.default_rng(0).random((2, 40, 30))
+    expected, found = (measure(labels, inst_map > 0, peaks=peaks, class_probability=probability)
+                       for labels in (inst_map, inst_map.astype(dtype)))
+    for a, b in zip(expected, found):
+        assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    for a, b in zip(contours(inst_map), contours(inst_map.astype(dtype)), strict=True):
+        assert np.array_equal(a, b)
+
+
 @pytest.mark.parametrize("smooth", [0, 1])
 def test_windows_with_a_halo_give_the_same_nuclei(smooth):
     type_map, density = tissue(1)
