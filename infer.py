@@ -655,8 +655,8 @@ def run(args, rank, ranks):
     workers = args.workers
     if workers is None:
         workers = min(os.cpu_count(), 8) * (device.type == "cuda")
-    pool = ProcessPoolExecutor(  # spawn: as on Windows
-        workers, get_context("spawn"), initializer=keep_memory) if workers else None
+    spawn = get_context("spawn")  # as on Windows
+    pool = ProcessPoolExecutor(workers, spawn, initializer=keep_memory) if workers else None
     if config["combine"] == "sum" and not rank:
         print("density trained as a normalised sum: peaks are found by prominence, h = 0.15")
     counts, pixels, failed, before = np.zeros(config["num_classes"], int), 0, 0, 0

@@ -316,11 +316,14 @@ def reconstruct(
 # ------------------------------------------------------------------------------------- outlines
 
 
+def _steps(following):
+    """A permutation as the graph of its steps."""
+    return csr_matrix((np.ones(len(following)), following, np.arange(len(following) + 1)))
+
+
 def _cycles(following):
     """Number the cycles of a permutation: which one each of its entries is in."""
-    count = len(following)
-    graph = csr_matrix((np.ones(count), following, np.arange(count + 1)), (count, count))
-    return csgraph.connected_components(graph, directed=False)[1]
+    return csgraph.connected_components(_steps(following), directed=False)[1]
 
 
 def contours(inst_map):
@@ -371,8 +374,7 @@ def contours(inst_map):
 
     # The end of each ring leads on to the beginning of the next: one walk visits them all.
     following[np.argsort(following)[largest]] = np.roll(largest, -1)
-    hops = csr_matrix((np.ones(len(edges)), following, np.arange(len(edges) + 1)))
-    walk = csgraph.breadth_first_order(hops, largest[0], return_predecessors=False)
+    walk = csgraph.breadth_first_order(_steps(following), largest[0], return_predecessors=False)
     walk = walk[turns[walk]]
     begin = np.flatnonzero(np.diff(ids[walk], prepend=0))
     end = np.append(begin[1:], len(walk))
