@@ -1,20 +1,24 @@
-"""From two maps to nuclei: density peaks, a flooding watershed, measurements and outlines.
+"""From nuclei to the density map that a network learns, and from its two maps back to nuclei.
 
-Watershed as a minimum spanning forest: Cousty et al. 2009, "Watershed cuts"
-(doi.org/10.1109/TPAMI.2008.173). Needs numpy and scipy; works when copied alone.
+The watershed is a minimum spanning forest, grown by Boruvka's rounds: Cousty et al. 2009,
+"Watershed cuts" (doi.org/10.1109/TPAMI.2008.173). Needs numpy and scipy; works when copied alone.
 
-    nuclei = reconstruct(type_map, density)              # argmax of the logits, density head
-    nuclei.inst_map, nuclei.centroids, nuclei.classes    # arrays indexed by id - 1
-    outlines = contours(nuclei.inst_map)                 # one closed ring a nucleus
+    target = density_map(centroids_of(inst_map), inst_map.shape)  # what the density head learns
+    nuclei = reconstruct(class_probability, density)              # from the outputs of both heads
+    nuclei.inst_map, nuclei.centroids, nuclei.classes             # arrays indexed by id - 1
 
 Arrays and coordinates are (y, x). H, W: image size; N: nuclei; K: classes, 0 = background.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
-from scipy.sparse import csgraph, csr_matrix
+
+CROSS = ndimage.generate_binary_structure(2, 1)  # a pixel and its 4 neighbours
+SQUARE = ndimage.generate_binary_structure(2, 2)  # a pixel and its 8 neighbours
+ROUNDING = 0.001  # ours: height per pixel of distance; rounds the borders between close nuclei
 
 
 class Nuclei(NamedTuple):
@@ -29,123 +33,75 @@ class Nuclei(NamedTuple):
     boxes: np.ndarray  # (N, 4) int64, y0, x0, y1, x1, half-open
 
 
-def _in_blocks(local_filter, image, dtype, reach=0, side=512):
-    """local_filter(image) by blocks, whose columns and temporary arrays stay in the cache."""
-    result = np.empty(image.shape, dtype)
-    for y in range(0, image.shape[0], side):
-        for x in range(0, image.shape[1], side):
-            top, left = max(y - reach, 0), max(x - reach, 0)
-            block = local_filter(image[top:y + side + reach, left:x + side + reach])
-            result[y:y + side, x:x + side] = block[y - top:, x - left:][:side, :side]
-    return result
+# -------------------------------------------------------------------- targets: nuclei to density
 
 
-# ------------------------------------------------------------------------------------ watershed
+def centroids_of(inst_map):
+    """(N, 2) float64 centroids: the mean pixel index of every id, in ascending order of the ids."""
+    y, x = np.nonzero(inst_map)
+    _, row = np.unique(inst_map[y, x], return_inverse=True)
+    areas = np.bincount(row)
+    sums = np.bincount(row, y), np.bincount(row, x)
+    return np.stack(sums, axis=1) / areas[:, None]
 
 
-def _edges(number, pixels, offsets):
-    """Both ends (2, E) of every edge that leads from `pixels`, all nodes, by one of `offsets` > 0.
+def density_map(centroids, shape, *, sigma=5.0, combine="max"):
+    """A Gaussian peak on each nucleus: (H, W) float32 in [0, 1]; zeros where there is none.
 
-    number: flat grid with the number of every node, -1 for none, as in the column after the last
-    and the row below, where edges would leave the image. pixels: indices of it.
+    centroids: (N, 2), may lie outside; shape: (H, W); sigma: pixels.
+    combine: "max" gives every nucleus a peak of exactly 1, whatever its neighbours and the crop.
+    "sum" is the published form: Gaussians are added up and divided by the maximum of the image, so
+    that close nuclei melt into one peak and isolated ones fade.
     """
-    low = np.tile(number[pixels], len(offsets))
-    high = np.hstack([number[pixels + offset] for offset in offsets])
-    joined = np.flatnonzero(high >= 0)  # twice as fast here as the mask itself
-    return np.stack((low[joined], high[joined]))
+    _check_combine(combine)
+    # 1. Mark the pixel of each centroid. A peak just outside the image still reaches into it.
+    margin = math.ceil(4 * sigma) if combine == "max" else 0
+    empty = np.ones(np.add(shape, 2 * margin), bool)
+    pixels = np.reshape(centroids, (-1, 2)) + margin
+    pixels = np.round(pixels).astype(int)
+    inside = (pixels >= 0) & (pixels < empty.shape)
+    y, x = pixels[inside.all(axis=1)].T
+    empty[y, x] = False
+    if empty.all():
+        return np.zeros(shape, np.float32)
+
+    # 2. Add the Gaussians up, or take the largest, which is that of the nearest centroid.
+    if combine == "sum":
+        density = ndimage.gaussian_filter(1.0 - empty, sigma, mode="constant")
+        density /= density.max()
+    else:
+        distance = ndimage.distance_transform_edt(empty)
+        distance = distance[margin:, margin:][:shape[0], :shape[1]]
+        density = np.exp(-distance**2 / (2 * sigma**2))
+    return density.astype(np.float32)
 
 
-def _basins(edges, count, roots):
-    """Contract a graph of ranked nodes to its basins: the minimum spanning tree's first step.
-
-    The edge between ranks low < high weighs high * (count + 1) + low; no two weigh the same. A
-    node's cheapest edge belongs to the tree, and unless the node is a minimum leads to its lowest
-    neighbour: all slide down to minima, or to `roots`, and a far smaller graph is left to solve.
-    Returns the bottom of each node's slide (count,) and, since a sparse matrix would add parallel
-    edges up, the cheapest link from basin to basin: their bottoms (2, L) and its weight (L,).
-    """
-    low, high = edges.min(axis=0), edges.max(axis=0)
-    bottom = np.arange(count, dtype=edges.dtype)
-    np.minimum.at(bottom, high, low)
-    bottom[roots] = roots
-    while not np.array_equal(bottom, further := bottom[bottom]):
-        bottom = further
-
-    crossing = bottom[low] != bottom[high]
-    low, high = low[crossing].astype(np.int64), high[crossing].astype(np.int64)
-    # csgraph computes in float64: exact while (count + 1)^2 < 2^53, up to 94 million pixels.
-    weight = high * (count + 1) + low
-    order = np.argsort(weight)
-    a, b = bottom[low[order]], bottom[high[order]]
-    _, cheapest = np.unique(a.astype(np.int64) * count + b, return_index=True)
-    return bottom, np.stack((a, b))[:, cheapest], weight[order[cheapest]]
-
-
-def _flood(relief, markers, edges):
-    """Label (n,) pixels, joined by `edges` (2, E) and each connected to some marker."""
-    count, seeds = len(relief), np.flatnonzero(markers)
-    shape = (count + 1, count + 1)
-    root = np.full(len(seeds), count)  # one more node, joined to every marker
-    hops = np.hstack((edges, (root, seeds)))
-    hops = csr_matrix((np.ones(hops.shape[1]), hops), shape)
-    order = csgraph.breadth_first_order(hops, count, directed=False)[0][1:]
-    order = order[np.argsort(relief[order], kind="stable")]  # ties: what is nearer a marker first
-    rank = np.empty(count, np.int32)
-    rank[order] = np.arange(count)
-
-    bottom, links, weight = _basins(rank[edges], count, rank[seeds])
-    links = np.hstack((links, (root, rank[seeds])))
-    weight = np.hstack((weight, np.ones(len(seeds))))  # below all others; 0 would mean no edge
-    tree = csgraph.minimum_spanning_tree(csr_matrix((weight, links), shape))[:count, :count]
-    _, component = csgraph.connected_components(tree, directed=False)  # one for each marker
-    label = np.zeros(count, np.int32)
-    label[component[rank[seeds]]] = markers[seeds]
-    return label[component[bottom[rank]]]
-
-
-def watershed(relief, markers, mask):
-    """Flood `relief` from `markers` inside `mask`: (H, W) int32 labels, 0 where no marker gets.
-
-    relief: (H, W), low floods first; markers: (H, W) int, 0 = none; mask: (H, W) bool.
-    Each pixel goes to a marker that reaches it over the lowest possible pass, by 4-neighbours,
-    on plateaus breadth first. (scipy's `watershed_ift` minimises the largest step instead.)
-    """
-    mask = np.asarray(mask, bool)
-    components, count = ndimage.label(mask)
-    relief, markers = np.ravel(relief), np.ravel(markers)
-    seeds = np.flatnonzero(mask.ravel() & (markers != 0))
-    owner, marker = np.unique(np.stack((components.ravel()[seeds], markers[seeds])), axis=1)
-    label = np.zeros(count + 1, np.int32)
-    label[owner] = marker
-    label[np.bincount(owner, minlength=count + 1) > 1] = -1  # several markers: to be flooded
-    inst_map = _in_blocks(label.__getitem__, components, np.int32)
-
-    # Components are independent: flooded some hundred at a time, the cost grows with the area.
-    pixels = np.flatnonzero(inst_map < 0)
-    component = components.ravel()[pixels].astype(np.intp)
-    sizes = np.bincount(component)
-    group = (np.cumsum(sizes) >> 18).astype(np.uint16)
-    pixels = pixels[np.argsort(group[component], kind="stable")]
-    ends = np.cumsum(np.bincount(group, sizes)).astype(int)
-    stride, flooded = mask.shape[1] + 1, inst_map.ravel()
-    number = np.full((mask.shape[0] + 1) * stride, -1, np.int32)  # a line more below and right
-    for part in filter(len, np.split(pixels, ends)):
-        nodes = part + part // mask.shape[1]
-        number[nodes] = np.arange(len(part))
-        flooded[part] = _flood(relief[part], markers[part], _edges(number, nodes, (1, stride)))
-    return inst_map
+def _check_combine(combine):
+    if combine not in ("max", "sum"):
+        raise ValueError(f"combine is {combine!r}; expected 'max' or 'sum'")
 
 
 # ---------------------------------------------------------------------------------------- peaks
 
 
 def _checked(density):
-    density = np.asarray(density)
+    """The density as float32. Raises: ValueError if it is not one map of finite values."""
+    density = np.asarray(density, np.float32)
     if density.ndim != 2 or not density.size:
         raise ValueError(f"density has shape {density.shape}; expected (H, W): pass one map")
-    if bad := density.size - np.count_nonzero(np.isfinite(density)):
+    bad = density.size - np.isfinite(density).sum()
+    if bad:
         raise ValueError(f"density has {bad} values that are not finite; check the weights")
-    return density.astype(np.result_type(density, np.float32), copy=False)
+    return density
+
+
+def _spaced(values):
+    """A copy of a map (H, W) whose rows are no power of two apart: that slows filters threefold."""
+    height, width = values.shape
+    spare = (8 - width) % 64
+    room = np.empty((height, width + spare), values.dtype)
+    room[:, :width] = values
+    return room[:, :width]
 
 
 def find_peaks(density, *, min_distance=2, threshold=0.3):
@@ -158,56 +114,179 @@ def find_peaks(density, *, min_distance=2, threshold=0.3):
     if min_distance < 1:
         raise ValueError(f"min_distance is {min_distance}; expected at least 1 pixel")
 
-    def highest(block):
-        window = ndimage.maximum_filter(block, size=2 * min_distance + 1)
-        return (block == window) & (block > threshold)
+    # 1. Candidates are the highest of their window.
+    highest = _spaced(density)
+    ndimage.maximum_filter(highest, 2 * min_distance + 1, output=highest)
+    candidates = (density == highest) & (density > threshold)
+    peaks = np.argwhere(candidates)
 
-    peaks = np.argwhere(_in_blocks(highest, density, bool, min_distance))
-    # Squares of side min_distance touch where their peaks are within min_distance of each other.
+    # 2. Squares of side min_distance touch where their candidates are that close: one group.
     squares = np.zeros(np.add(density.shape, min_distance), bool)
-    for offset in np.ndindex(min_distance, min_distance):
-        squares[tuple((peaks + offset).T)] = True
-    group = ndimage.label(squares, np.ones((3, 3)))[0][tuple(peaks.T)]
-    return peaks[np.sort(np.unique(group, return_index=True)[1])]
+    y, x = peaks.T
+    for below, right in np.ndindex(min_distance, min_distance):
+        squares[y + below, x + right] = True
+    groups, _ = ndimage.label(squares, SQUARE)
+
+    # 3. The first candidate of each group is the peak.
+    _, first = np.unique(groups[y, x], return_index=True)
+    return peaks[np.sort(first)]
 
 
-def prominent_peaks(density, h=0.15, *, rescale=True):
-    """The h-maxima: one pixel for each regional maximum of dynamics >= `h`: (N, 2), in scan order.
+# ------------------------------------------------------------------------------------ watershed
+
+
+def _follow(pointers):
+    """Where each entry ends that goes on to the entry it points to; an end points to itself."""
+    further = pointers[pointers]
+    while np.any(further != pointers):
+        pointers, further = further, further[further]  # twice as far each time
+    return pointers
+
+
+def _pits_and_passes(relief, mask, neighbours, held):
+    """Let every pixel of the mask slide to its lowest neighbour, and so into a pit.
+
+    neighbours: CROSS or SQUARE. held: pixels that do not slide, and so are pits.
+    The n pixels of the mask are numbered in scan order. Returns the pits (P,), which are pixels;
+    the basin (n,) of each pixel, an index of the pits; and of each pass, the lowest first, the
+    two basins beside it (2, L) and its height (L,).
+    """
+    # 1. A frame of infinite height gives every pixel all its neighbours, at fixed steps.
+    framed = np.pad(np.where(mask, relief, np.inf), 1, constant_values=np.inf)
+    level = framed.ravel()
+    place = np.flatnonzero(level < np.inf)  # (n,) indices of the framed map
+    pixel = np.arange(len(place))
+    number = np.full(level.size, -1, np.int32)  # the other way round: place -> pixel
+    number[place] = pixel
+
+    # 2. Slide. Of equal neighbours the first counts as lower, so that no path is a circle.
+    offsets = np.argwhere(neighbours) - 1  # (5 or 9, 2), in scan order
+    steps = offsets @ (framed.shape[1], 1)
+    around = np.stack([level[place + step] for step in steps])  # (5 or 9, n)
+    lowest = steps[around.argmin(axis=0)]
+    down = number[place + lowest]
+    down[held] = held
+    bottom = _follow(down)
+
+    # 3. Number the pits.
+    is_pit = bottom == pixel
+    basin = np.cumsum(is_pit)[bottom] - 1
+    number[place] = basin  # place -> basin
+
+    # 4. A pass is an edge between two basins, as high as the higher of its two pixels.
+    edges = []
+    for step in steps[steps > 0]:
+        beside = number[place + step]
+        crossing = place[(beside >= 0) & (beside != basin)]
+        edges.append((crossing, crossing + step))
+    edges = np.hstack(edges)  # (2, L) places
+    low, high = np.sort(level[edges], axis=0)
+    order = np.lexsort((low, high))  # of equal passes first the one that is reached first
+    sides = number[edges[:, order]]
+    return np.flatnonzero(is_pit), basin, sides, high[order]
+
+
+def _overflow(label, sides):
+    """Let every basin without a marker overflow over its lowest pass, until each holds one.
+
+    label: (P,) the marker in each basin, 0 = none; sides: as from `_pits_and_passes`.
+    Returns the marker that each basin ends with (P,), 0 where no pass leads to one. Each round
+    at least halves the basins that can overflow, so that no relief takes long.
+    """
+    basins = np.arange(len(label))
+    home = basins  # where the water of each basin has gone
+    while sides.size:
+        # 1. The passes are sorted: the first that a basin has is its lowest.
+        passes = np.arange(sides.shape[1])
+        first = np.full(len(label), len(passes))
+        np.minimum.at(first, sides[0], passes)
+        np.minimum.at(first, sides[1], passes)
+
+        # 2. Basins without a marker overflow. Of two that do so into each other, one stays.
+        full = np.flatnonzero((label == 0) & (first < len(passes)))
+        beside = sides[:, first[full]].sum(axis=0) - full
+        into = basins.copy()
+        into[full] = beside
+        stays = full[(into[beside] == full) & (full < beside)]
+        into[stays] = stays
+        into = _follow(into)
+        home = into[home]
+
+        # 3. Passes inside one basin, and between two that hold markers, are done with.
+        sides = into[sides]
+        apart = sides[0] != sides[1]
+        needed = (label[sides] == 0).any(axis=0)
+        sides = sides[:, apart & needed]
+    return label[home]
+
+
+def watershed(relief, markers, mask):
+    """Flood `relief` from `markers` inside `mask`: (H, W) int32 labels, 0 where no marker gets.
+
+    relief: (H, W) finite, low floods first; markers: (H, W) int, 0 = none; mask: (H, W) bool.
+    Every pixel slides to its lowest 4-neighbour and so to a pit; a basin without a marker
+    overflows over its lowest pass into the next; what ends without a marker is background. So a
+    marker reaches each of its pixels over the lowest possible pass. Level ground goes to the
+    nearest marker: `relief` is raised by ROUNDING times the distance to it. (scipy's
+    `watershed_ift` minimises the largest step instead.)
+    """
+    # 1. Raise the relief. (8 columns more: no power of two, as in `_spaced`.)
+    mask = np.asarray(mask, bool)
+    unmarked = ~mask | (markers == 0)
+    unmarked = np.pad(unmarked, ((0, 0), (0, 8)), constant_values=True)
+    distance = ndimage.distance_transform_edt(unmarked)[:, :-8].astype(np.float32)
+    relief = relief + ROUNDING * distance
+
+    # 2. Slide, overflow, and label each pixel by the marker of its basin.
+    markers = markers[mask]
+    held = np.flatnonzero(markers)
+    pits, basin, sides, _ = _pits_and_passes(relief, mask, CROSS, held)
+    inst_map = np.zeros(mask.shape, np.int32)
+    inst_map[mask] = _overflow(markers[pits], sides)[basin]
+    return inst_map
+
+
+def prominent_peaks(density, h=0.15):
+    """The h-maxima, published: one pixel for each maximum of dynamics >= `h`: (N, 2), scan order.
 
     Dynamics is how far one must descend from a maximum to reach a higher one (8-neighbours), or,
     from the highest, the map's minimum: a flat map has no peak. Of equals the first is higher.
-    With `rescale`, h refers to the map stretched to [0, 1], or to [-1, 1] if it has a negative
-    value, as published; that stretch depends on the tile, so tiled inference does without.
+    (Published code stretches the map to [0, 1] before; the result then depends on the tile.)
     """
     density = _checked(density)
-    floor, count = float(density.min()), density.size
-    if rescale:  # the height shrinks instead of stretching the map
-        h = h * (float(density.max()) - floor) / (2 if floor < 0 else 1)
 
-    pixels = np.argsort(-density, axis=None, kind="stable")  # rank -> pixel, the highest first
-    heights = density.ravel()[pixels].astype(np.float64)
-    stride = density.shape[1] + 1
-    rank = np.full((density.shape[0] + 1) * stride, -1, np.int32)  # a line more below and right
-    rank[pixels + pixels // density.shape[1]] = np.arange(count)
-    edges = _edges(rank, np.flatnonzero(rank >= 0), (1, stride - 1, stride, stride + 1))
-    bottom, links, weight = _basins(edges, count, roots=[])
+    # 1. Upside down, maxima are pits and saddles are passes. Number the maxima by their height.
+    everywhere = np.ones(density.shape, bool)
+    pits, _, sides, level = _pits_and_passes(-density, everywhere, SQUARE, [])
+    order = np.argsort(-density.ravel()[pits], kind="stable")
+    pits = pits[order]
+    rank = np.argsort(order)
+    sides = np.sort(rank[sides], axis=0)
 
-    # Kruskal over the basins: where two merge, the lower maximum has found a higher one.
-    tree = csgraph.minimum_spanning_tree(csr_matrix((weight, links), (count, count))).tocoo()
-    order = np.argsort(tree.data)
-    passes = heights[(tree.data[order] // (count + 1)).astype(int)]
-    dynamics = np.where(bottom == np.arange(count), heights - floor, 0)
-    higher = list(range(count))
-    for a, b, level in zip(tree.row[order].tolist(), tree.col[order].tolist(), passes):
-        while higher[a] != a:
-            higher[a] = a = higher[higher[a]]
-        while higher[b] != b:
-            higher[b] = b = higher[higher[b]]
-        a, b = min(a, b), max(a, b)
-        higher[b] = a
-        dynamics[b] = heights[b] - level
-    chosen = np.sort(pixels[(dynamics >= h) & (dynamics > 0)])
-    return np.stack(np.unravel_index(chosen, density.shape), axis=1)
+    # 2. Of all saddles between two maxima, only the highest counts.
+    pair = sides[0] * len(pits) + sides[1]
+    _, first = np.unique(pair, return_index=True)
+    first.sort()
+
+    # 3. Join them, the highest saddle first. The lower maximum has then found a higher one.
+    height = density.ravel()[pits].astype(float)
+    dynamics = height - density.min()
+    higher = list(range(len(pits)))  # each maximum points to the one that it has found
+
+    def summit(peak):
+        while higher[peak] != peak:
+            higher[peak] = peak = higher[higher[peak]]
+        return peak
+
+    for a, b, depth in zip(*sides[:, first].tolist(), level[first].tolist()):
+        high, low = sorted((summit(a), summit(b)))
+        if high != low:
+            higher[low] = high
+            dynamics[low] = height[low] + depth
+
+    # 4. Keep what is prominent.
+    kept = np.sort(pits[(dynamics >= h) & (dynamics > 0)])
+    return np.stack(np.unravel_index(kept, density.shape), axis=1)
 
 
 # --------------------------------------------------------------------------------------- nuclei
@@ -217,61 +296,61 @@ def measure(inst_map, type_map, *, peaks, class_probability=None):
     """Measure every nucleus of a label map; nucleus `id` has its peak in row id - 1 of `peaks`.
 
     The class is the majority of a nucleus's pixels, background aside; ties go to the smaller.
-    An id without pixels has area 0, class 0, probability nan, and its peak as centroid and empty
-    box: drop such rows by their area. Other arguments as in `reconstruct`.
+    type_map: (H, W) int; class_probability: (K+1, H, W). An id without pixels has area 0, class 0,
+    probability nan, and its peak as centroid and empty box: drop such rows by their area.
     """
     peaks = np.asarray(peaks, np.int64).reshape(-1, 2)
     count = len(peaks)
     if (top := inst_map.max(initial=0)) > count:
         raise ValueError(f"inst_map holds id {top} but there are {count} peaks; pass one an id")
-    # Runs: stretches of a row with one id and one type, ten times fewer than pixels.
-    starts = np.ones(inst_map.shape, bool)
-    starts[:, 1:] = inst_map[:, 1:] != inst_map[:, :-1]
-    starts[:, 1:] |= type_map[:, 1:] != type_map[:, :-1]
-    starts = np.flatnonzero(starts)
-    lengths = np.diff(starts, append=inst_map.size)
-    rows = inst_map.ravel()[starts].astype(np.int64) - 1
-    starts, lengths, rows = (values[rows >= 0] for values in (starts, lengths, rows))
-    y, x = np.divmod(starts, inst_map.shape[1])
-    areas = np.bincount(rows, lengths, count).astype(np.int64)
+
+    # 1. All pixels of nuclei, and the row that each counts for.
+    y, x = np.nonzero(inst_map)
+    rows = inst_map[y, x].astype(np.int64) - 1
+
+    # 2. Areas, centroids, boxes.
+    areas = np.bincount(rows, minlength=count)
     present = areas > 0
-    sums = [np.bincount(rows, axis * lengths, count) for axis in (y, x + (lengths - 1) / 2)]
-    centroids = peaks.astype(np.float64)
-    centroids[present] = np.stack(sums, axis=1)[present] / areas[present, None]
+    sums = np.bincount(rows, y, count), np.bincount(rows, x, count)
+    sums = np.stack(sums, axis=1)
+    centroids = peaks.astype(float)
+    centroids[present] = sums[present] / areas[present, None]
     boxes = np.tile(peaks, 2)
-    boxes[present] = *inst_map.shape, 0, 0
-    for side, first, beyond in ((0, y, y + 1), (1, x, x + lengths)):
-        np.minimum.at(boxes[:, side], rows, first)
-        np.maximum.at(boxes[:, side + 2], rows, beyond)
+    boxes[present] = (*inst_map.shape, 0, 0)
+    np.minimum.at(boxes[:, 0], rows, y)
+    np.minimum.at(boxes[:, 1], rows, x)
+    np.maximum.at(boxes[:, 2], rows, y + 1)
+    np.maximum.at(boxes[:, 3], rows, x + 1)
 
-    types = type_map.ravel()[starts].astype(np.int64)
+    # 3. Classes by vote.
+    types = type_map[y, x].astype(np.int64)
     channels = max(2, types.max(initial=0) + 1)
-    votes = np.bincount(rows * channels + types, lengths, count * channels)
-    votes = votes.reshape(count, channels)[:, 1:]
-    classes = np.where(votes.any(axis=1), votes.argmax(axis=1) + 1, 0)
+    ballots = rows * channels + types
+    votes = np.bincount(ballots, minlength=count * channels).reshape(count, channels)
+    votes[:, 0] = 0  # the background has none
+    classes = votes.argmax(axis=1)
 
+    # 4. The mean probability of that class.
     probabilities = np.full(count, np.nan, np.float32)
     if class_probability is not None:
-        pixels = np.flatnonzero(inst_map != 0)
-        rows = inst_map.ravel()[pixels].astype(np.int64) - 1
-        y = pixels // inst_map.shape[1]
-        x = pixels - y * inst_map.shape[1]  # sooner than by divmod
-        total = np.bincount(rows, class_probability[classes[rows], y, x], count)
-        probabilities[present] = total[present] / areas[present]
+        of_pixels = class_probability[classes[rows], y, x]
+        sums = np.bincount(rows, of_pixels, count)
+        probabilities[present] = sums[present] / areas[present]
     return Nuclei(inst_map, peaks, centroids, classes, probabilities, areas, boxes)
 
 
 def select(nuclei, keep):
     """The nuclei whose row of `keep` (N,) bool is true, numbered anew."""
-    ids = np.append(0, np.where(keep, keep.cumsum(), 0)).astype(np.int32)
-    return Nuclei(ids[nuclei.inst_map], *(values[keep] for values in nuclei[1:]))
+    new_ids = np.where(keep, np.cumsum(keep), 0)
+    new_ids = np.append(0, new_ids).astype(np.int32)  # 0 stays the background
+    columns = [values[keep] for values in nuclei[1:]]
+    return Nuclei(new_ids[nuclei.inst_map], *columns)
 
 
 def reconstruct(
-    type_map,
+    class_probability,
     density,
     *,
-    class_probability=None,
     combine="max",  # how the density target was made; "sum": published
     min_distance=2,  # ours: px at 0.25 um/px, a 5 px window
     threshold=0.3,  # ours: on unit peaks; chosen on validation images, 0.2 to 0.35 do as well
@@ -281,103 +360,41 @@ def reconstruct(
 ):
     """Nuclei of one image: each is the foreground that its density peak floods.
 
-    type_map: (H, W) int, 0 = background; density: (H, W) float, about 1 at each nucleus's centre;
-    class_probability: (K+1, H, W) float, background first.
+    class_probability: (K+1, H, W) float, background first; density: (H, W) float, about 1 at the
+    centre of each nucleus. Foreground is where the background is less probable than one half.
     Foreground without a peak is dropped, and so are peaks on background; ids follow the scan
-    order of the peaks. Raises: ValueError if shapes or types do not fit, or density is not finite.
+    order of the peaks. Raises: ValueError if shapes do not fit, or the density is not finite.
     """
-    type_map, density = np.asarray(type_map), np.asarray(density, np.float32)
-    if type_map.ndim != 2 or type_map.dtype.kind not in "iu" or type_map.min(initial=0) < 0:
-        raise ValueError(f"type_map is {type_map.dtype} {type_map.shape}; expected (H, W) integers "
-                         "from 0 for background: pass the argmax of the logits")
-    if density.shape != type_map.shape:
-        raise ValueError(f"density is {density.shape}; expected {type_map.shape} like type_map")
-    shape, channels = np.shape(class_probability), int(type_map.max(initial=0)) + 1
-    if class_probability is not None and (shape[1:] != type_map.shape or shape[0] < channels):
-        raise ValueError(f"class_probability is {shape}; expected (K+1, H, W), K+1 >= {channels}, "
-                         f"(H, W) = {type_map.shape}")
-    if combine not in ("max", "sum"):
-        raise ValueError(f"combine is {combine!r}; expected 'max' or 'sum'")
+    shape = np.shape(class_probability)
+    if len(shape) != 3 or shape[0] < 2:
+        raise ValueError(f"class_probability is {shape}; expected (K+1, H, W), background first")
+    if np.shape(density) != shape[1:]:
+        raise ValueError(f"density is {np.shape(density)}; expected {shape[1:]}, "
+                         "as class_probability")
+    _check_combine(combine)
 
-    density = _in_blocks(lambda block: ndimage.gaussian_filter(block, smooth), _checked(density),
-                         np.float32, reach=int(4 * smooth + 0.5))  # the filter ends at 4 sigma
+    # 1. What each pixel is. (An argmax of all channels loses nuclei between two classes.)
+    class_probability = np.asarray(class_probability)
+    foreground = class_probability[0] < 0.5
+    type_map = np.zeros(foreground.shape, np.uint8)
+    candidates = class_probability[1:, foreground]  # (K, pixels of nuclei)
+    type_map[foreground] = candidates.argmax(axis=0) + 1
+
+    # 2. Where the nuclei are.
+    density = _spaced(_checked(density))
+    ndimage.gaussian_filter(density, smooth, output=density)
     if combine == "max":
         peaks = find_peaks(density, min_distance=min_distance, threshold=threshold)
     else:
-        peaks = prominent_peaks(density.clip(0, 1), h, rescale=False)
+        peaks = prominent_peaks(density.clip(0, 1), h)
+    peaks = peaks[foreground[tuple(peaks.T)]]
 
-    markers = np.zeros(type_map.shape, np.int32)
-    markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-    inst_map = watershed(-density, markers, type_map > 0)
+    # 3. Which pixels belong to each.
+    markers = np.zeros(foreground.shape, np.int32)
+    y, x = peaks.T
+    markers[y, x] = np.arange(len(peaks)) + 1
+    inst_map = watershed(-density, markers, foreground)
+
+    # 4. What they are.
     nuclei = measure(inst_map, type_map, peaks=peaks, class_probability=class_probability)
     return select(nuclei, nuclei.areas >= max(min_size, 1))
-
-
-# ------------------------------------------------------------------------------------- outlines
-
-
-def _steps(following):
-    """A permutation as the graph of its steps."""
-    return csr_matrix((np.ones(len(following)), following, np.arange(len(following) + 1)))
-
-
-def _cycles(following):
-    """Number the cycles of a permutation: which one each of its entries is in."""
-    return csgraph.connected_components(_steps(following), directed=False)[1]
-
-
-def contours(inst_map):
-    """The outer outline of every nucleus along pixel edges: a list of (M, 2) int, one an id.
-
-    Pixel (y, x) covers [y, y+1] x [x, x+1]. A ring lists its corners clockwise on the screen,
-    first = last, and never meets itself, even where the nucleus touches itself at a corner; its
-    shoelace area is pixels plus holes. An id in several 4-connected pieces gets the ring of the
-    largest, an id without pixels an empty array.
-    """
-    padded = np.pad(np.asarray(inst_map), 1)
-    stride, padded, count = padded.shape[1], padded.ravel(), int(padded.max())
-    across = np.array((-stride, 1, stride, -1))  # over side 0, 1, 2, 3: top, right, bottom, left
-    own = padded[stride:-stride]
-    beside = [padded[stride + step:len(padded) - stride + step] for step in across]
-    edges = [np.flatnonzero((own != 0) & (own != other)) + stride for other in beside]
-    # An edge is 4 * pixel + side, and runs towards side + 1.
-    edges = np.sort(np.hstack([4 * pixels + side for side, pixels in enumerate(edges)]))
-    pixel, side = np.divmod(edges, 4)
-    ids = padded[pixel].astype(np.int64)
-    if not count:
-        return []
-
-    ahead = pixel + across[(side + 1) % 4]
-    beyond = ahead + across[side]
-    straight, opens = padded[ahead] == ids, padded[beyond] == ids
-    right, left = pixel * 4 + (side + 1) % 4, beyond * 4 + (side + 3) % 4
-    following = np.where(straight, np.where(opens, left, ahead * 4 + side), right)
-    following = np.searchsorted(edges, following)
-    # Where pixels meet only at a corner, this turns right and keeps them apart. If both ways
-    # past the corner are one ring, turning left instead cuts a hole off it.
-    pinched = np.flatnonzero(opens & ~straight)
-    other, ring = np.searchsorted(edges, left[pinched]), _cycles(following)
-    same = ring[pinched] == ring[other]
-    following[pinched[same]] = other[same]
-
-    y, x = np.divmod(pixel, stride)
-    starts = np.stack((y - (side < 2), x - (side % 3 == 0)), axis=1)  # in corners of inst_map
-    turns = np.empty(len(edges), bool)
-    turns[following] = side[following] != side
-    ring = _cycles(following)
-    first = np.unique(ring, return_index=True)[1]
-    area = np.bincount(ring, starts[:, 1] * np.array((0, 1, 0, -1))[side])  # holes are negative
-    largest = np.full(count + 1, -1)
-    by_area = first[np.argsort(area)]
-    largest[ids[by_area]] = by_area  # the largest ring of an id comes last and stays
-    largest = largest[largest >= 0]
-
-    # The end of each ring leads on to the beginning of the next: one walk visits them all.
-    following[np.argsort(following)[largest]] = np.roll(largest, -1)
-    walk = csgraph.breadth_first_order(_steps(following), largest[0], return_predecessors=False)
-    walk = walk[turns[walk]]
-    begin = np.flatnonzero(np.diff(ids[walk], prepend=0))
-    end = np.append(begin[1:], len(walk))
-    rings = np.split(starts[np.insert(walk, end, walk[begin])], end + np.arange(1, len(end) + 1))
-    outlines = dict(zip(ids[walk[begin]].tolist(), rings))
-    return [outlines.get(label, rings[0][:0]) for label in range(1, count + 1)]

@@ -1,4 +1,4 @@
-"""benchmarks/accuracy.py: its commands on a tiny set, each with table and JSON; the hue shift."""
+"""benchmarks/accuracy.py: its commands on a tiny set, each with table and JSON; the shifts."""
 
 import json
 import subprocess
@@ -13,11 +13,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import accuracy
 import peers
 import train
-from data import synthetic_tissue
-from dualunet import read_checkpoint
+from data import CONSEP_CLASSES, nucleus_classes, synthetic_tissue
 
-TINY = ("--steps 2 --batch 2 --crop 64 --rate 1e-6 --average 0.5 --class-weights none --workers 0 "
-        "--precision fp32 --device cpu --init").split() + [str(ROOT / "weights" / "consep.pt")]
+TINY = ("--val t1 --init {root}/weights/consep.pt --rate 1e-6 --average 0.5 --class-weights none "
+        "--epochs 1 --steps 2 --batch 2 --crop 64 --val-images 0 --workers 0 "
+        "--precision fp32 --data {folder}")
 
 
 @pytest.fixture
@@ -26,81 +26,92 @@ def folder(tmp_path):
     root = tmp_path / "tiles"
     for name in ("images", "labels", "types"):
         (root / name).mkdir(parents=True)
-    names = ["miscellaneous", "inflammatory", "epithelial", "spindle-shaped"]
-    (root / "classes.json").write_text(json.dumps(names))
+    (root / "classes.json").write_text(json.dumps(CONSEP_CLASSES))
     for i in range(2):
         image, inst_map, type_map = synthetic_tissue(i + 33, 96)
         Image.fromarray(image).save(root / "images" / f"t{i}.png")
         Image.fromarray(inst_map.astype(np.uint16)).save(root / "labels" / f"t{i}.png")
-        types = {int(k): names[type_map[inst_map == k][0] - 1] for k in np.unique(inst_map)[1:]}
+        types = {}
+        for number, k in enumerate(nucleus_classes(inst_map, type_map), 1):
+            types[number] = CONSEP_CLASSES[k - 1]
         (root / "types" / f"t{i}.json").write_text(json.dumps(types))
     return root
 
 
-def test_commands_agree_with_each_other(folder, tmp_path, monkeypatch, capfd):
-    def run(command, *words):
-        out = tmp_path / "runs"
-        status = accuracy.main(
-            [command, "--data", str(folder), "--out", str(out), *map(str, words)])
-        printed = capfd.readouterr()
-        assert status == 0, printed.err
-        results = json.loads((out / f"{command}.json").read_text())
-        assert all(f"\n| {row} | " in printed.out for row in results["rows"])
-        figures = [figure for row in results["rows"].values() for figure in row.values()]
-        assert (all(np.isfinite(figure) and 0 <= figure <= 1 for figure in figures)
-                and max(figures) > 0.1)
-        return results, printed
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch, capfd):
+    """Runs a command; returns its JSON, what it printed, and which runs it trained."""
+    trainings = []
 
-    budget = [*TINY, "--val", "t1", "--seeds", 0, "--only", "base"]
-    _, printed = run("ablation", *budget, "--threads", 1)
-    assert "last.pt" in printed.err and "epoch" not in printed.out
-
-    def here(command, **_):  # without another start of python, for speed
-        trainings.append(command[command.index("--out") + 1])
+    def train_here(command, **_):  # without another start of python, for speed
+        trainings.append(command[command.index("--out") + 1].split("/")[-1])
         return subprocess.CompletedProcess(command, train.main(command[2:]))
 
-    trainings = []
-    monkeypatch.setattr(accuracy.subprocess, "run", here)
-    ablation, printed = run("ablation", *budget, "sum", "alone")
-    checkpoints = [tmp_path / "runs" / name / "last.pt" for name in ("base-0", "sum-0")]
-    assert trainings == [str(checkpoints[1].parent)]  # the base was not trained again
-    assert (list(ablation["rows"]) == ["base", "--combine sum"]
-            and ablation["rows"]["base"] == ablation["seeds"]["base"]["0"])
-    assert set(ablation["difference"]["base"].values()) == {0} and "(+0.000)" in printed.out
-    assert accuracy.main(
-        ["ablation", "--data", str(folder), "--out", str(tmp_path / "runs"), "--crop", "32"]) == 1
-    assert "holds a run of another" in capfd.readouterr().err
+    def run(command, *words, code=0):
+        trainings.clear()
+        words = [command, "--data", folder, "--out", tmp_path / "runs", "--device", "cpu", *words]
+        assert accuracy.main([*map(str, words)]) == code, capfd.readouterr().err
+        printed = capfd.readouterr()
+        if code:
+            return printed.err
+        results = json.loads((tmp_path / "runs" / f"{command}.json").read_text())
+        for row, seeds in results["rows"].items():
+            assert f"\n| {row} | " in printed.out
+            values = [figures[name] for figures in seeds for name in ("detection_f1", "dice", "pq")]
+            assert all(0 <= value <= 1 for value in values)
+        return results["rows"], trainings
 
-    recipes, printed = run("recipes", *checkpoints)
-    assert len(recipes["rows"]) == 2 * (4 if peers.h_maxima else 3) and "warning" not in printed.out
-    assert ("left out" in printed.out) == (peers.h_maxima is None)
-    for row, way in (("base", "max: local maxima > 0.3, flooding of -density (ours)"),
-                     ("--combine sum", "sum: h-maxima 0.15, flooding of -density")):
-        same = recipes["rows"][way].keys() & ablation["rows"][row].keys()
-        assert (len(same) == 4
-                and all(recipes["rows"][way][k] == ablation["rows"][row][k] for k in same))
-    assert accuracy.main(["recipes", "--data", str(folder), *map(str, checkpoints[::-1])]) == 1
-    assert "expected max: give the one of max first" in capfd.readouterr().err
-
-    stain, _ = run("stain", checkpoints[0])
-    assert len(stain["rows"]) == 13 and (
-        stain["rows"]["unshifted"][f"{checkpoints[0]} PQ"] == ablation["rows"]["base"]["PQ"])
-    assert (set(stain["ratio"]["unshifted"].values()) == {1}
-            and len({str(row) for row in stain["rows"].values()}) > 6)
-    with Image.open(tmp_path / "runs" / "stain.png") as plot:
-        assert len(plot.convert("RGB").getcolors(10**6)) > 3
-    assert read_checkpoint(checkpoints[0])["split"] == {"train": ["t0"], "val": ["t1"]}
+    monkeypatch.setattr(accuracy, "BUDGET", TINY.format(root=ROOT, folder=folder).split())
+    monkeypatch.setattr(accuracy.subprocess, "run", train_here)
+    return run
 
 
-def test_hue_shift_turns_the_hue_alone(tissue):
+def test_perfect_maps_give_nearly_all_nuclei(run):
+    rows, _ = run("ceiling")
+    assert rows["ours, unit peaks"][0]["detection_f1"] > 0.97
+    assert ("published" in rows) == bool(peers.can_compare())
+    assert rows["ours, unit peaks"][0]["pq"] >= max(row[0]["pq"] for row in rows.values())
+
+
+def test_ablation_and_stain_train_score_and_agree(run, tmp_path):
+    rows, trainings = run("ablation", "--seeds", 0, "--only", "base", "no-average")
+    assert trainings == ["base-0", "no-average-0"]
+    assert list(rows) == ["base: ", "no-average: --average 0"]
+
+    # a finished run is kept, and another in its place refused
+    again, trainings = run("ablation", "--seeds", 0, "--only", "base")
+    assert trainings == [] and again["base: "] == rows["base: "]
+    error = run("ablation", "--seeds", 0, "--only", "base", "--crop", "32", code=1)
+    assert "holds a run of another crop; choose another --out" in error
+
+    stained, _ = run("stain", tmp_path / "runs" / "base-0" / "last.pt")
+    assert list(stained) == list(accuracy.SHIFTS)
+    assert stained["unshifted"] == rows["base: "]
+    assert len({str(figures) for figures in stained.values()}) > 4
+    error = run("stain", ROOT / "weights" / "consep.pt", code=1)
+    assert "expected the set it was trained on" in error
+
+
+def test_recipes_reconstruct_as_predict_does(run, tmp_path, monkeypatch):
+    rows, trainings = run("recipes", "--seeds", 0)
+    assert trainings == ["summed-peaks-0", "unit-peaks-0"]
+    assert len(rows) == (4 if peers.can_compare() else 2)
+    monkeypatch.setattr(accuracy, "SHIFTS", {"unshifted": np.asarray})
+    predicted, _ = run("stain", tmp_path / "runs" / "unit-peaks-0" / "last.pt")
+    assert rows["unit-peaks, reconstruction ours: --scale 1"] == predicted["unshifted"]
+
+
+def test_a_failed_training_is_named(run, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda words: 1)
+    error = run("ablation", "--seeds", 0, "--only", "base", code=1)
+    assert "train.py ended with code 1; its reason is above" in error
+
+
+def test_shifts_change_their_stain_alone(tissue):
     image = tissue[0]
-    assert (np.array_equal(accuracy.hue_shift(image, 0), image)
-            and np.array_equal(accuracy.hue_shift(image, 360), image))
-    turned = accuracy.hue_shift(image, 30)
-    assert ((turned.max(-1) == image.max(-1)).all() and (turned.min(-1) == image.min(-1)).all()
-            and (turned != image).any())
-    assert np.abs(accuracy.hue_shift(turned, -30).astype(int) - image).max() <= 1
-    pixels = np.uint8([[[255, 0, 0], [200, 100, 100], [90, 90, 90], [0, 0, 0]]])
-    assert accuracy.hue_shift(pixels, 120).tolist() == [
-        [[0, 255, 0], [100, 200, 100], [90, 90, 90], [0, 0, 0]]]
-    assert accuracy.hue_shift(pixels, -120)[0, 0].tolist() == [0, 0, 255]
+    assert np.array_equal(accuracy.hue_shift(0, image), image)
+    assert np.array_equal(accuracy.stain_shift((1, 1, 1), image), image)
+    turned = accuracy.hue_shift(120, image)
+    assert np.array_equal(turned, np.roll(image, 1, axis=2))
+    paler = accuracy.stain_shift((0.5, 1, 1), image)
+    assert paler.mean() > image.mean() and (paler >= image).mean() > 0.9

@@ -5,13 +5,23 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from itertools import permutations
 
 import numpy as np
 import pytest
 
 import metrics
-from metrics import aji, bootstrap_interval, compare, dice, panoptic_quality, score_image, summarise
+from metrics import (
+    UNKNOWN_CLASS,
+    aji,
+    bootstrap_interval,
+    compare,
+    dice,
+    panoptic_quality,
+    score_image,
+    summarise,
+)
 
 NAMES = ["a", "b", "c"]
 
@@ -41,6 +51,13 @@ def points(*pixels):
 
 def score(true_map, true_classes, pred_map, pred_classes, **options):
     return score_image(true_map, true_classes, pred_map, pred_classes, num_classes=3, **options)
+
+
+def confusions(true_map, pred_map, **options):
+    """Spurious, found and missed nuclei, as published and capped."""
+    got = score(true_map, None, pred_map, None, **options)
+    return tuple([sum(got[key][0]), got[key][1][1], got[key][1][0]]
+                 for key in ("confusion", "confusion_capped"))
 
 
 def best_pairs(value):
@@ -82,15 +99,16 @@ def test_fast_equals_slow_on_random_maps(seed):
 
     centres = [[np.argwhere(mask).mean(axis=0) for mask in masks] for masks in (true, pred)]
     distance = np.array([[np.hypot(*(t - p)) for p in centres[1]] for t in centres[0]])
-    wanted = np.zeros((4, 4), int)
-    wanted[0, 1:], wanted[1:, 0] = ([list(k).count(c) for c in (1, 2, 3)]
-                                    for k in (pred_classes, true_classes))
-    for i, j in best_pairs(-distance):
-        if distance[i, j] <= 3:
-            wanted[0, pred_classes[j]] -= 1
-            wanted[true_classes[i], 0] -= 1
-            wanted[true_classes[i], pred_classes[j]] += 1
-    assert got["confusion"] == wanted.tolist()
+    for key, cost in (("confusion", distance), ("confusion_capped", np.minimum(distance, 3))):
+        wanted = np.zeros((5, 4), int)
+        wanted[0, 1:] = [list(pred_classes).count(c) for c in (1, 2, 3)]
+        wanted[1:4, 0] = [list(true_classes).count(c) for c in (1, 2, 3)]
+        for i, j in best_pairs(-cost):
+            if distance[i, j] < 3:
+                wanted[0, pred_classes[j]] -= 1
+                wanted[true_classes[i], 0] -= 1
+                wanted[true_classes[i], pred_classes[j]] += 1
+        assert got[key] == wanted.tolist()
 
 
 def test_aji_lets_two_share_a_prediction_and_aji_plus_does_not():
@@ -133,6 +151,70 @@ def test_pairs_beyond_the_radius_are_dropped_after_the_assignment():
     # 13 + 39 px is less than 11 + 52, so the pair of 11 px is never formed
     counts = score(points((0, 0), (11, 13)), None, points((0, 13), (50, 13)), None)
     assert counts["confusion"][1][1] == 0
+
+
+def test_capped_distances_do_not_let_one_nucleus_shift_a_chain():
+    # 13 + 39 px is less than 11 + 52, so the published matching never forms the pair of 11 px.
+    published, capped = confusions(points((0, 0), (11, 13)), points((0, 13), (50, 13)))
+    assert published == [2, 0, 2] and capped == [1, 1, 1]  # the pair 11 px apart is kept
+    summary = summarise([score(points((0, 0), (11, 13)), [1, 2], points((0, 13), (50, 13)),
+                               [2, 2])], NAMES)
+    assert summary["detection"]["f1"] == 0 and summary["detection_capped"]["f1"] == 0.5
+    assert summary["classification"]["f1"]["b"] == 0
+    assert summary["classification_capped"]["f1"]["b"] == pytest.approx(2 / 3)
+    assert "capped at 12 px" in summary["detection_capped"]["protocol"]
+
+
+def test_capped_pairs_at_the_radius_are_dropped():
+    for radius, tp in ((12, 0), (12.1, 1)):
+        assert confusions(points((0, 0)), points((0, 12)), radius=radius)[1][1] == tp
+    assert confusions(points((4, 4)), points((4, 4)))[1] == [0, 1, 0]  # at no distance at all
+    assert confusions(points(), points((4, 4)))[1] == [1, 0, 0]
+    assert confusions(points((4, 4)), points())[1] == [0, 0, 1]
+
+
+def test_nuclei_of_unknown_class_count_in_everything_but_classes():
+    # truth: a, unknown, unknown; found: a on the first, b on the second, b alone
+    true_map, pred_map = points((0, 0), (0, 20), (0, 40)), points((0, 0), (0, 20), (50, 0))
+    unknown = score(true_map, [1, UNKNOWN_CLASS, UNKNOWN_CLASS], pred_map, [1, 2, 2])
+    known = score(true_map, [1, 2, 2], pred_map, [1, 2, 2])
+    for key in ("dice", "aji", "aji_plus", "panoptic", "areas"):
+        assert unknown[key] == known[key]
+    assert unknown["panoptic_classes"] == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert unknown["confusion"] == [[0, 0, 1, 0], [0, 1, 0, 0], [0] * 4, [0] * 4, [1, 0, 1, 0]]
+    got, full = summarise([unknown], NAMES), summarise([known], NAMES)
+    for matching in ("", "_capped"):
+        assert got["detection" + matching] == full["detection" + matching]
+        f1 = got["classification" + matching]["f1"]
+        assert f1 == pytest.approx({"a": 1, "b": 0, "c": np.nan}, nan_ok=True)
+        assert got["classification" + matching]["confusion"] == unknown["confusion"][:4]
+    assert got["image_mean"] == full["image_mean"]
+    assert got["pannuke"]["class_pq"] == pytest.approx({"a": 1, "b": np.nan, "c": np.nan},
+                                                       nan_ok=True)
+    with pytest.raises(ValueError, match="predicted classes span 1..255"):
+        score(true_map, None, pred_map, [1, 2, UNKNOWN_CLASS])
+
+
+def test_area_ratio_is_pooled():
+    wide, narrow = row((1, 30), (0, 10)), row((1, 10), (0, 30))
+    images = [score(wide, None, narrow, None), score(narrow, None, narrow, None)]
+    assert summarise(images, NAMES)["area_ratio"] == 20 / 40
+    empty = score(row((0, 40)), None, narrow, None)
+    assert np.isnan(summarise([empty], NAMES)["area_ratio"])
+
+
+def test_thousands_of_nuclei_are_quick():
+    rng = np.random.default_rng(0)
+    truth = 4 + 10 * np.stack(np.meshgrid(np.arange(70), np.arange(70)), axis=-1).reshape(-1, 2)
+    found = truth + rng.integers(-3, 4, truth.shape)
+    maps = np.zeros((2, 710, 710), np.int32)
+    maps[0][tuple(truth.T)] = maps[1][tuple(found.T)] = np.arange(1, 4901)
+    pair = compare(*maps)
+    start = time.process_time()
+    assert aji(pair, one_to_one=True) > 0
+    ones = np.ones(4900, int)
+    confusion = metrics.confusion_matrix(pair, ones, ones, 1, 12, capped=True)
+    assert confusion[1, 1] == 4900 and time.process_time() - start < 3
 
 
 def test_figures_of_two_images_by_hand():
@@ -235,8 +317,10 @@ def test_bootstrap_interval():
     assert len({bootstrap_interval(range(50), np.mean, repeats=20) for _ in range(3)}) == 1
     inner = bootstrap_interval(images, f1, repeats=200, confidence=0.5, seed=1)
     assert low < inner[0] < 0.6 < inner[1] < high
-    assert bootstrap_interval([0, np.nan], np.mean, repeats=50) == (0, 0)
-    assert np.isnan(bootstrap_interval([np.nan], np.mean, repeats=5)).all()
+    assert bootstrap_interval([0, 0, np.nan], np.mean, repeats=50) == (0, 0)
+    assert np.isnan(bootstrap_interval([np.nan] * 3, np.mean, repeats=5)).all()
+    for few in ([], [1.0], [1.0, 2.0]):
+        assert np.isnan(bootstrap_interval(few, np.mean, repeats=5)).all()
 
 
 @pytest.mark.parametrize("true_map, classes, words", [

@@ -1,25 +1,47 @@
+"""postprocess.py against plain loops, against perfect maps, and on its own."""
+
 import heapq
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
 import postprocess
-from postprocess import contours, find_peaks, measure, prominent_peaks, reconstruct, watershed
+from postprocess import (
+    ROUNDING,
+    SQUARE,
+    centroids_of,
+    density_map,
+    find_peaks,
+    measure,
+    prominent_peaks,
+    reconstruct,
+    watershed,
+)
 
-CROSS, SQUARE = ndimage.generate_binary_structure(2, 1), np.ones((3, 3), bool)
 KINDS = ("noise", "plateaus", "smooth", "smooth plateaus", "flat")
 
 
 def relief_of(kind, seed, shape=(60, 70)):
     random = np.random.default_rng(seed)
+    if kind == "noise":
+        return random.random(shape)
+    if kind == "plateaus":
+        return random.integers(0, 4, shape) / 4
+    if kind == "flat":
+        return np.zeros(shape)
     smooth = ndimage.gaussian_filter(random.normal(size=shape), 3)
-    relief = {"noise": random.random(shape), "flat": np.zeros(shape),
-              "plateaus": random.integers(0, 4, shape) / 4}.get(kind, smooth / np.ptp(smooth) * 2)
-    return np.round(relief * 16) / 16 if kind == "smooth plateaus" else relief
+    smooth *= 2 / np.ptp(smooth)
+    return smooth if kind == "smooth" else np.round(smooth * 16) / 16
+
+
+def one_hot(type_map, classes=3):
+    """Probabilities (K+1, H, W) that are sure of the types."""
+    return (np.arange(classes + 1)[:, None, None] == type_map).astype(np.float32)
 
 
 def discs(shape, centres, classes=1, radius=6):
@@ -39,6 +61,45 @@ def tissue(seed, side=240, levels=8):
     _, foreground, density = discs((side, side), centres)
     density = ndimage.gaussian_filter(density + random.normal(0, 0.1, density.shape), 1)
     return foreground * random.integers(1, 4, density.shape), np.round(density * levels) / levels
+
+
+# -------------------------------------------------------------------------------------- targets
+
+
+def test_density_peaks_at_one_whatever_the_neighbours():
+    centroids = [(20, 20), (20, 26), (50, 40)]
+    density = density_map(centroids, (64, 70))
+    assert [density[y, x] for y, x in centroids] == [1, 1, 1] and density.dtype == np.float32
+    y, x = np.indices(density.shape)
+    plain = np.max([np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 50) for cy, cx in centroids], axis=0)
+    assert np.allclose(density, plain, atol=1e-6)
+    assert density_map([(-3, 5)], (8, 9))[0, 5] == pytest.approx(np.exp(-9 / 50))  # peak is outside
+    assert density_map([(3, 3)], (8, 8), sigma=2)[3, 5] == pytest.approx(np.exp(-4 / 8))
+
+
+def test_the_published_density_fades_isolated_nuclei():
+    published = density_map([(20, 20), (20, 26), (50, 40)], (64, 64), combine="sum")
+    assert published.max() == 1 and published.dtype == np.float32 and published[50, 40] < 0.8
+
+
+@pytest.mark.parametrize("combine", ["max", "sum"])
+def test_no_nucleus_no_density(combine):
+    for centroids in ([], np.zeros((0, 2)), [(900, 900)], [(-900, 5)]):
+        density = density_map(centroids, (8, 9), combine=combine)
+        assert density.shape == (8, 9) and not density.any()
+
+
+def test_centroids_are_means_in_the_order_of_ids():
+    inst_map = np.random.default_rng(0).choice([0, 3, 8, 2**40], (20, 30))
+    means = [np.argwhere(inst_map == n).mean(axis=0) for n in (3, 8, 2**40)]
+    assert np.allclose(centroids_of(inst_map), means)
+    assert centroids_of(inst_map * 0).shape == (0, 2)
+
+
+def test_density_and_reconstruct_are_inverse():
+    inst_map, type_map, _ = discs((90, 80), [(20, 20), (20, 32), (45, 60), (60, 20), (72, 25)])
+    density = density_map(centroids_of(inst_map), inst_map.shape)
+    assert np.array_equal(reconstruct(one_hot(type_map), density).inst_map, inst_map)
 
 
 # ------------------------------------------------------------------------------------ watershed
@@ -63,6 +124,12 @@ def slow_flood(relief, markers, mask, within=None):
     return labels, passes
 
 
+def raised(relief, markers, mask):
+    """The relief that the watershed floods: a little higher far from the markers."""
+    distance = ndimage.distance_transform_edt((markers == 0) | ~mask)
+    return relief + ROUNDING * distance.astype(np.float32)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pixel_is_reached_over_the_lowest_pass(kind):
     for seed in range(4):
@@ -70,7 +137,9 @@ def test_every_pixel_is_reached_over_the_lowest_pass(kind):
         mask = ndimage.gaussian_filter(random.normal(size=relief.shape), 2) > -0.05
         markers = random.permutation(relief.size).reshape(relief.shape)
         markers *= random.random(relief.shape) < 0.02
-        labels, (slow, lowest) = watershed(relief, markers, mask), slow_flood(relief, markers, mask)
+        labels = watershed(relief, markers, mask)
+        relief = raised(relief, markers, mask)
+        slow, lowest = slow_flood(relief, markers, mask)
         assert labels.dtype == np.int32 and not np.all(slow[mask])
         assert np.array_equal(labels > 0, slow > 0)
         # Each marker reaches its own pixels as low, without leaving them.
@@ -81,20 +150,27 @@ def test_density_is_flooded_as_by_a_priority_queue():
     different = total = 0
     for seed in range(4):
         type_map, density = tissue(seed, side=144, levels=2**30)
-        relief, markers = -ndimage.gaussian_filter(density, 1), np.zeros(density.shape, int)
+        mask, relief = type_map > 0, -ndimage.gaussian_filter(density, 1)
         peaks = find_peaks(-relief)
+        markers = np.zeros(density.shape, int)
         markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-        slow = slow_flood(relief, markers, type_map)[0]
-        different += (watershed(relief, markers, type_map) != slow).sum()
+        slow, _ = slow_flood(raised(relief, markers, mask), markers, mask)
+        different += (watershed(relief, markers, mask) != slow).sum()
         total += (slow > 0).sum()
     assert total > 10000 and different <= 0.001 * total
 
 
-def test_plateaus_go_to_the_nearest_marker():
-    markers = np.zeros((9, 31), int)
-    markers[4, 2], markers[4, 22] = 7, 3
+def test_level_ground_goes_to_the_nearest_marker():
+    markers = np.zeros((40, 50), int)
+    places = np.array([(5, 4), (30, 12), (14, 40)])
+    markers[tuple(places.T)] = 7, 3, 9
     labels = watershed(np.zeros(markers.shape), markers, np.ones(markers.shape))
-    assert np.all(labels[:, :12] == 7) and np.all(labels[:, 13:] == 3)
+    y, x = np.indices(markers.shape)
+    distance = np.array([np.hypot(y - cy, x - cx) for cy, cx in places])
+    first, second, _ = np.sort(distance, axis=0)
+    clear = second - first > 1.5  # a border runs along 4-neighbours
+    nearest = np.array([7, 3, 9])[distance.argmin(axis=0)]
+    assert np.array_equal(labels[clear], nearest[clear]) and clear.mean() > 0.85
 
 
 def test_a_pass_goes_to_the_side_that_reaches_it_first():
@@ -107,35 +183,44 @@ def test_a_pass_goes_to_the_side_that_reaches_it_first():
             assert labels[seen == 0] == 3  # the pit behind pass 5, reached from 2 before from 4
 
 
-def test_components_flooded_in_groups_are_flooded_as_alone():
-    rng = np.random.default_rng(0)
-    relief, markers = rng.random((500, 400)), np.zeros((500, 400), int)
-    mask = np.pad(np.ones((498, 398), bool), 1)  # three such are more than one group holds
-    markers[tuple(rng.integers(1, 399, (2, 9)))] = np.arange(1, 10)
-    alone = watershed(relief, markers, mask)
-    for shape in (1, 3), (3, 1):
-        shift = 9 * np.arange(3).reshape(shape).repeat(mask.shape[0], 0).repeat(mask.shape[1], 1)
-        moved = [np.tile(m, shape) + shift * (np.tile(m, shape) > 0) for m in (markers, alone)]
-        assert np.array_equal(
-            watershed(np.tile(relief, shape), moved[0], np.tile(mask, shape)), moved[1])
-
-
-def test_the_shortcut_for_a_single_marker_changes_nothing():
-    relief, mask = relief_of("noise", 5), ndimage.gaussian_filter(relief_of("noise", 6), 2) > 0.5
+def test_components_do_not_see_each_other():
+    relief = relief_of("noise", 5)
+    mask = ndimage.gaussian_filter(relief_of("noise", 6), 2) > 0.5
     markers = np.where(relief_of("noise", 7) < 0.01, np.arange(relief.size).reshape(mask.shape), 0)
-    markers[:30] = np.where(markers[:30], 5, 0)  # many pixels, one marker
+    relief = raised(relief, markers, mask) * 1000  # the distance adds nothing more
     labels, (components, count) = watershed(relief, markers, mask), ndimage.label(mask)
-    shortcuts = 0
-    for pixels in (components == n for n in range(1, count + 1)):
-        number = np.pad(np.where(pixels, np.cumsum(pixels).reshape(mask.shape), 0) - 1, (0, 1),
-                        constant_values=-1)
-        if (markers * pixels).any():
-            nodes, stride = np.flatnonzero(number >= 0), number.shape[1]
-            edges = postprocess._edges(number.ravel(), nodes, (1, stride))
-            flooded = postprocess._flood(relief[pixels], markers[pixels], edges)
-            assert np.array_equal(labels[pixels], flooded)
-            shortcuts += len(np.unique(flooded)) == 1
-    assert 3 < shortcuts < count
+    alone = [watershed(relief, markers, components == n) for n in range(1, count + 1)]
+    empty = [not (markers * (components == n)).any() for n in range(1, count + 1)]
+    assert np.array_equal(labels, sum(alone)) and 0 < sum(empty) < count
+    assert not labels[np.append(False, empty)[components]].any()
+
+
+def test_a_marker_of_several_pixels_and_an_empty_mask():
+    markers = np.zeros((6, 9), int)
+    markers[1:3, 1:3], markers[4, 7] = 5, 2
+    labels = watershed(np.zeros((6, 9)), markers, np.ones((6, 9), bool))
+    assert np.all(labels[:3, :3] == 5) and labels[4, 7] == 2 and labels.all()
+    assert not watershed(np.zeros((6, 9)), markers, np.zeros((6, 9), bool)).any()
+
+
+def test_no_relief_takes_long():
+    side, random = 512, np.random.default_rng(0)
+    y, x = np.indices((side, side))
+    board = (y + x) % 2 == 0
+    full = np.ones((side, side), bool)
+    real = ndimage.gaussian_filter(random.normal(size=(side, side)), 4) * 8
+
+    def seconds(foreground, density, **options):
+        probability = one_hot(foreground.astype(int), 1)
+        start = time.process_time()
+        reconstruct(probability, density, **options)
+        return time.process_time() - start
+
+    limit = 0.1 + 12 * seconds(full, real)  # measured: 2 to 5 times at this size
+    for foreground in (full, board):
+        for density in (full, board, random.random(full.shape), x / side):
+            for smooth in (0, 1):
+                assert seconds(foreground, density, smooth=smooth) < limit
 
 
 # ---------------------------------------------------------------------------------------- peaks
@@ -147,13 +232,20 @@ def test_find_peaks_merges_equal_maxima_within_its_window():
     density[10, 10] = density[12, 12] = 0.9  # two apart: one peak
     density[10, 20] = density[10, 23] = density[13, 20] = 0.9  # three apart: three peaks
     density[17, 3], density[17, 5] = 0.7, 0.8  # the lower is in the higher one's window
-    density[0, 29] = 0.3  # at the threshold, not above
+    density[0, 29] = 0.25  # at the threshold, not above
     expected = [[2, 3], [10, 10], [10, 20], [10, 23], [13, 20], [17, 5]]
-    assert find_peaks(density).tolist() == expected
-    assert find_peaks(density, threshold=0.29).tolist() == [[0, 29], *expected]
+    assert find_peaks(density, threshold=0.25).tolist() == expected
+    assert find_peaks(density, threshold=0.24).tolist() == [[0, 29], *expected]
     assert find_peaks(density, min_distance=1).tolist() == sorted([*expected, [12, 12], [17, 3]])
     assert find_peaks(density, min_distance=3, threshold=0.85).tolist() == [[10, 10], [10, 20]]
     assert find_peaks(np.full((5, 5), 0.5)).tolist() == [[0, 0]]
+
+
+def test_find_peaks_on_wide_maps_are_the_maxima_of_their_windows():
+    for width in (1, 63, 64, 256, 1024):
+        density = relief_of("noise", width, (33, width)).astype(np.float32)
+        peaks = (density == ndimage.maximum_filter(density, 5)) & (density > 0.3)
+        assert np.array_equal(find_peaks(density), np.argwhere(peaks))
 
 
 def plain_reconstruction(marker, mask):
@@ -163,24 +255,15 @@ def plain_reconstruction(marker, mask):
     return marker
 
 
-def test_blocks_do_not_show():
-    density = relief_of("noise", 0, (530, 1050))  # two by three blocks
-    peaks = (density == ndimage.maximum_filter(density, 5)) & (density > 0.3)
-    assert np.array_equal(find_peaks(density), np.argwhere(peaks))
-    smooth = ndimage.gaussian_filter(density, 1)
-    found = postprocess._in_blocks(lambda x: ndimage.gaussian_filter(x, 1), density, float, 4)
-    assert np.array_equal(found, smooth)
-
-
 @pytest.mark.parametrize("kind", KINDS[:4])
 @pytest.mark.parametrize("h", [0.11, 0.3, 0.7])
 def test_prominent_peaks_are_the_maxima_of_a_plain_reconstruction(kind, h):
     for seed in range(5):
-        density = relief_of(kind, seed)
+        density = relief_of(kind, seed).astype(np.float32).astype(float)
         level = plain_reconstruction(density - h, density)
         lower = plain_reconstruction(np.nextafter(level, -np.inf), level)
         maxima, count = ndimage.label(lower < level, SQUARE)
-        peaks = prominent_peaks(density, h, rescale=False)
+        peaks = prominent_peaks(density, h)
         found = maxima[tuple(peaks.T)]
         assert sorted(found) == list(range(1, count + 1))  # one in each
         assert np.array_equal(density[tuple(peaks.T)], ndimage.maximum(density, maxima, found))
@@ -190,20 +273,15 @@ def test_prominent_peaks_are_the_maxima_of_a_plain_reconstruction(kind, h):
 def test_prominence_counts_from_the_pass_and_includes_h():
     density = np.array([[0, 0.5, 0.25, 1, 0.75, 0.875, 0, 0.25, 0]])
 
-    def columns(h, rescale):
-        return prominent_peaks(density, h, rescale=rescale)[:, 1].tolist()
+    def columns(h):
+        return prominent_peaks(density, h)[:, 1].tolist()
 
-    assert columns(0.125, False) == [1, 3, 5, 7] and columns(0.126, False) == [1, 3, 7]
-    assert columns(0.25, False) == [1, 3, 7] and columns(0.26, False) == [3]
-    assert columns(1, False) == [3] and columns(1.01, False) == []
-    density *= 0.5
-    assert columns(0.126, False) == [3] != columns(0.126, True) == [1, 3, 7]
-    assert prominent_peaks(density)[:, 1].tolist() == [1, 3, 7]  # h = 0.15 of the stretched map
-    density[0, 0] = -0.5  # the range stays 1 above it, now stretched to [-1, 1]
-    assert columns(0.25, True) == [1, 3, 7] and columns(0.26, True) == [3]
+    assert columns(0.125) == [1, 3, 5, 7] and columns(0.126) == [1, 3, 7]
+    assert columns(0.25) == [1, 3, 7] and columns(0.26) == [3]
+    assert columns(1) == [3] and columns(1.01) == []
+    assert prominent_peaks(density)[:, 1].tolist() == [1, 3, 7]  # h = 0.15
     assert prominent_peaks(np.eye(4, dtype=np.uint8)).tolist() == [[0, 0]]  # 8-connected, any type
-    for rescale in (True, False):
-        assert prominent_peaks(np.full((4, 4), 0.7), rescale=rescale).shape == (0, 2)
+    assert prominent_peaks(np.full((4, 4), 0.7)).shape == (0, 2)
 
 
 # --------------------------------------------------------------------------------------- nuclei
@@ -212,57 +290,73 @@ def test_prominence_counts_from_the_pass_and_includes_h():
 def test_perfect_maps_give_every_nucleus_and_its_measurements():
     centres = [(9, 40), (20, 10), (20, 23), (45, 30), (45, 42)]  # two pairs touch
     inst_map, type_map, density = discs((60, 57), centres, classes=[1, 2, 3, 2, 1])
-    probability = np.stack([(type_map == k) * 0.25 + k / 10 for k in range(4)])
-    nuclei = reconstruct(type_map, density, class_probability=probability)
+    nuclei = reconstruct(one_hot(type_map) * 0.75 + 0.0625 * np.arange(4)[:, None, None], density)
     assert np.array_equal(nuclei.inst_map, inst_map)
     assert nuclei.peaks.tolist() == [list(centre) for centre in centres]
     truth = ndimage.center_of_mass(inst_map, inst_map, range(1, 6))
     assert np.allclose(nuclei.centroids, truth)
     assert nuclei.classes.tolist() == [1, 2, 3, 2, 1]
-    assert np.allclose(nuclei.probabilities, [0.35, 0.45, 0.55, 0.45, 0.35])
+    assert np.allclose(nuclei.probabilities, 0.75 + 0.0625 * nuclei.classes)
     assert nuclei.areas.tolist() == np.bincount(inst_map.ravel())[1:].tolist()
     assert nuclei.boxes[0].tolist() == [3, 34, 16, 47]
     assert [field.dtype.name for field in nuclei] == [
         "int32", "int64", "float64", "int64", "float32", "int64", "int64"]
-    summed = reconstruct(type_map, density, combine="sum", h=0.35)
-    assert np.array_equal(summed.inst_map, inst_map) and np.isnan(summed.probabilities).all()
-    clipped = reconstruct(type_map, density * 2, combine="sum", h=0.35)  # lower above the pass
-    assert len(clipped.areas) == 3
-    assert len(reconstruct(type_map, density * 0.5, combine="sum", h=0.6).areas) == 0
+    summed = reconstruct(one_hot(type_map), density, combine="sum", h=0.35)
+    assert np.array_equal(summed.inst_map, inst_map)
+    clipped = reconstruct(one_hot(type_map), density * 2, combine="sum", h=0.35)
+    assert len(clipped.areas) == 3  # lower above the pass
+    assert len(reconstruct(one_hot(type_map), density * 0.5, combine="sum", h=0.6).areas) == 0
+
+
+def test_foreground_is_where_the_background_is_less_probable_than_one_half():
+    probability = np.zeros((3, 12, 40), np.float32)
+    probability[:, :, :10] = np.reshape((0.4, 0.35, 0.25), (3, 1, 1))  # not the most probable
+    probability[:, :, 10:20] = np.reshape((0.49, 0.1, 0.41), (3, 1, 1))
+    probability[0, :, 20:] = 0.5
+    density = np.zeros((12, 40))
+    density[5, [4, 15, 30]] = 1
+    nuclei = reconstruct(probability, density, smooth=0)
+    assert np.array_equal(nuclei.inst_map > 0, np.broadcast_to(np.arange(40) < 20, (12, 40)))
+    assert nuclei.classes.tolist() == [1, 2]
+    assert np.allclose(nuclei.probabilities, [0.35, 0.41])
 
 
 def test_empty_tile_one_pixel_and_all_foreground():
-    empty = reconstruct(np.zeros((7, 5), int), np.ones((7, 5)))
+    empty = reconstruct(one_hot(np.zeros((7, 5), int)), np.ones((7, 5)))
     shapes = [(7, 5), (0, 2), (0, 2), (0,), (0,), (0,), (0, 4)]
     assert not empty.inst_map.any() and [field.shape for field in empty] == shapes
-    assert reconstruct([[2]], [[1.0]], min_size=1).classes.tolist() == [2]
+    assert reconstruct([[[0.0]], [[0.2]], [[0.8]]], [[1.0]], min_size=1).classes.tolist() == [2]
     density = discs((40, 50), [(10, 10), (30, 40)])[2]
-    full = reconstruct(np.ones((40, 50), int), density)
+    everywhere = one_hot(np.ones((40, 50), int))
+    full = reconstruct(everywhere, density)
     assert full.areas.sum() == 2000 and len(full.areas) == 2
-    assert len(reconstruct(np.ones((40, 50), int), density * 0).areas) == 0
+    assert len(reconstruct(everywhere, density * 0).areas) == 0
 
 
 def test_debris_lone_pixels_and_peaks_on_background_are_dropped():
     type_map, density = discs((40, 60), [(10, 10), (10, 30), (30, 10)])[1:]
     type_map[4:17, 4:17], type_map[25:36, 5:16] = 0, 0  # of the third a rim remains
     type_map[9:12, 9:12] = 1  # of the first 9 pixels
-    nuclei = reconstruct(type_map, density, min_size=9)
+    probability = one_hot(type_map)
+    nuclei = reconstruct(probability, density, min_size=9)
     assert nuclei.peaks.tolist() == [[10, 10], [10, 30]] and nuclei.areas[0] == 9
-    nuclei = reconstruct(type_map, density)
+    nuclei = reconstruct(probability, density)
     assert nuclei.peaks.tolist() == [[10, 30]] and nuclei.inst_map.max() == 1
-    assert len(reconstruct(type_map, density, min_size=0).areas) == 2
+    assert len(reconstruct(probability, density, min_size=0).areas) == 2
     spike = (np.indices((9, 9)) == 4).all(axis=0) * 1.0
-    assert len(reconstruct(np.ones((9, 9), int), spike).areas) == 0  # smoothed to 0.16
-    assert len(reconstruct(np.ones((9, 9), int), spike, smooth=0).areas) == 1
+    everywhere = one_hot(np.ones((9, 9), int))
+    assert len(reconstruct(everywhere, spike).areas) == 0  # smoothed to 0.16
+    assert len(reconstruct(everywhere, spike, smooth=0).areas) == 1
 
 
 def test_peaks_are_taken_as_the_defaults_say():
     density = np.zeros((20, 40))
     density[5, [5, 15, 25, 28]] = 0.31, 0.29, 0.5, 0.5
     density[15, [10, 30]] = 0.16, 0.14
+    everywhere = one_hot(np.ones(density.shape, int))
     highest = [[5, 5], [5, 25], [5, 28]]  # threshold 0.3, min_distance 2; for the sum, h 0.15
     for combine, peaks in (("max", highest), ("sum", sorted([*highest, [5, 15], [15, 10]]))):
-        nuclei = reconstruct(np.ones(density.shape, int), density, combine=combine, smooth=0)
+        nuclei = reconstruct(everywhere, density, combine=combine, smooth=0)
         assert nuclei.peaks.tolist() == peaks
 
 
@@ -277,12 +371,13 @@ def test_measure_takes_the_majority_and_survives_an_id_without_pixels():
     assert np.allclose(nuclei.centroids, [[2 / 3, 5 / 6], [2, 3], [1.5, 2.5]])
     assert nuclei.boxes.tolist() == [[0, 0, 3, 3], [2, 3, 2, 3], [1, 2, 3, 4]]
     assert np.allclose(nuclei.probabilities, [15.5, np.nan, 20.5], equal_nan=True)
+    assert np.isnan(measure(inst_map, type_map, peaks=peaks).probabilities).all()
     with pytest.raises(ValueError, match="holds id 3 but there are 2 peaks; pass one an id"):
         measure(inst_map, type_map, peaks=np.zeros((2, 2)))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.uint32, np.uint64])
-def test_label_maps_of_any_integers_are_measured_and_outlined(dtype):
+def test_label_maps_of_any_integers_are_measured(dtype):
     inst_map = np.zeros((40, 30), np.int64)
     inst_map[3:9, 25:], inst_map[10:15, :4], inst_map[30, 8:20] = 1, 2, 255  # ids at both sides
     peaks, probability = np.zeros((255, 2)), np.random.default_rng(0).random((2, 40, 30))
@@ -290,13 +385,12 @@ def test_label_maps_of_any_integers_are_measured_and_outlined(dtype):
                        for labels in (inst_map, inst_map.astype(dtype)))
     for a, b in zip(expected, found):
         assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-    for a, b in zip(contours(inst_map), contours(inst_map.astype(dtype)), strict=True):
-        assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("smooth", [0, 1])
 def test_windows_with_a_halo_give_the_same_nuclei(smooth):
     type_map, density = tissue(1)
+    probability = one_hot(type_map)
 
     def found(core, halo):
         nuclei = {}
@@ -304,91 +398,43 @@ def test_windows_with_a_halo_give_the_same_nuclei(smooth):
             low, high = np.multiply(start, core), np.add(start, 1) * core
             origin = np.maximum(low - halo, 0)
             window = tuple(map(slice, origin, high + halo))
-            tile = reconstruct(type_map[window], density[window], smooth=smooth)
-            rows = zip(tile.peaks + origin, tile.classes, tile.areas, contours(tile.inst_map))
-            nuclei |= {tuple(peak): (kind, area, (ring + origin).tolist())
-                       for peak, kind, area, ring in rows if np.all((low <= peak) & (peak < high))}
+            tile = reconstruct(probability[:, *window], density[window], smooth=smooth)
+            for row, peak in enumerate(tile.peaks + origin):
+                if np.all((low <= peak) & (peak < high)):
+                    pixels = np.argwhere(tile.inst_map == row + 1) + origin
+                    nuclei[tuple(peak)] = tile.classes[row], pixels.tolist()
         return nuclei
 
     assert found(80, 50) == found(97, 61) == found(240, 0) and len(found(240, 0)) > 60
 
 
-INTS, ONES = np.full((4, 5), 2), np.ones((4, 5))
+ONES = np.ones((4, 5))
 
 
-@pytest.mark.parametrize("message, type_map, density, options", [
-    (r"float64 \(4, 5\); expected \(H, W\) integers", ONES, ONES, {}),
-    (r"int64 \(1, 4, 5\); expected \(H, W\)", INTS[None], ONES, {}),
-    ("from 0 for background: pass the argmax", -INTS, ONES, {}),
-    (r"density is \(5, 4\); expected \(4, 5\) like type_map", INTS, ONES.T, {}),
-    (r"shape \(0, 5\); expected \(H, W\)", INTS[:0], ONES[:0], {}),
-    ("20 values that are not finite; check", INTS, ONES * np.nan, {}),
-    ("combine is 'mean'; expected 'max' or 'sum'", INTS, ONES, {"combine": "mean"}),
-    ("min_distance is 0; expected at least 1", INTS, ONES, {"min_distance": 0}),
-    (r"\(2, 4, 5\); .*K\+1 >= 3", INTS, ONES, {"class_probability": np.ones((2, 4, 5))}),
-    (r"\(3, 5, 4\); .*= \(4, 5\)", INTS, ONES, {"class_probability": np.ones((3, 5, 4))}),
+@pytest.mark.parametrize("message, probability, density, options", [
+    (r"class_probability is \(4, 5\); expected \(K\+1, H, W\), background first", ONES, ONES, {}),
+    (r"is \(1, 4, 5\); expected \(K\+1, H, W\)", ONES[None], ONES, {}),
+    (r"density is \(5, 4\); expected \(4, 5\), as class_prob", np.ones((2, 4, 5)), ONES.T, {}),
+    (r"shape \(0, 5\); expected \(H, W\)", np.ones((2, 0, 5)), ONES[:0], {}),
+    ("20 values that are not finite; check", np.ones((2, 4, 5)), ONES * np.nan, {}),
+    ("combine is 'mean'; expected 'max' or 'sum'", np.ones((2, 4, 5)), ONES, {"combine": "mean"}),
+    ("min_distance is 0; expected at least 1", np.ones((2, 4, 5)), ONES, {"min_distance": 0}),
 ])
-def test_errors_say_what_was_expected(message, type_map, density, options):
+def test_errors_say_what_was_expected(message, probability, density, options):
     with pytest.raises(ValueError, match=message):
-        reconstruct(type_map, density, **options)
+        reconstruct(probability, density, **options)
 
 
-# ------------------------------------------------------------------------------------- outlines
-
-
-def check_ring(ring, pixels):
-    """A ring of corners, clockwise and nowhere meeting itself, around exactly these pixels."""
-    steps = np.diff(ring, axis=0)
-    assert len(ring) >= 5 and np.array_equal(ring[0], ring[-1])
-    assert np.all((steps == 0).sum(axis=1) == 1)  # along the axes
-    assert np.all((steps == 0) != (np.roll(steps, 1, axis=0) == 0))  # turning at every corner
-    y, x = ring.T
-    assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() == 2 * pixels.sum()  # shoelace, clockwise
-    lengths = np.abs(steps).sum(axis=1)
-    walk = np.cumsum(np.repeat(steps // lengths[:, None], lengths, axis=0), axis=0)
-    assert len(np.unique(walk, axis=0)) == len(walk)
-    raster = np.zeros(pixels.shape, int)
-    for (y0, x0), (y1, _) in zip(ring, ring[1:]):
-        raster[min(y0, y1) : max(y0, y1), x0:] += 1
-    assert np.array_equal(raster % 2 == 1, pixels)  # even-odd
-
-
-@pytest.mark.parametrize("picture", [
-    "#", "###/###", "...../.###./.#.#./.###./.....",  # one pixel, the border, a hole
-    ".##/#.#/###", "###./#.##/####",  # touching itself at a corner, round a hole
-    "####/#.##/##.#/####",  # two holes that meet at a corner
-    "#####/#...#/#.#.#/#...#/#####", "##.../#####/..#.#/###..",  # several pieces
-])
-def test_outline_of_a_shape(picture):
-    shape = np.array([[char == "#" for char in row] for row in picture.split("/")])
-    pieces = ndimage.label(shape, CROSS)[0]
-    largest = pieces == np.bincount(pieces[shape]).argmax()
-    nothing, ring = contours(shape * 2)
-    assert nothing.shape == (0, 2)
-    check_ring(ring, ndimage.binary_fill_holes(largest, CROSS))
-
-
-def test_outlines_of_random_labels():
-    for seed in range(40):
-        inst_map = np.random.default_rng(seed).integers(0, 4, (9, 11)).astype(np.int32)
-        for n, ring in enumerate(contours(inst_map), start=1):
-            pieces, count = ndimage.label(inst_map == n, CROSS)
-            filled = [ndimage.binary_fill_holes(pieces == k, CROSS) for k in range(1, count + 1)]
-            chosen = filled[pieces[tuple(min(ring.tolist()))] - 1]  # by its first pixel
-            assert chosen.sum() == max(piece.sum() for piece in filled)
-            check_ring(ring, chosen)
-
-
-def test_every_outline_is_that_of_its_id():
-    inst_map = discs((60, 57), [(50, 40), (20, 10), (20, 22), (3, 30)])[0].astype(np.int32)
-    rings = contours(inst_map)
-    assert len(rings) == 4 and contours(inst_map * 0) == []
-    for n, ring in enumerate(rings, start=1):
-        check_ring(ring, inst_map == n)
+def test_density_map_and_peaks_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="combine is 'mean'; expected 'max' or 'sum'"):
+        density_map([(1, 1)], (8, 8), combine="mean")
+    for peaks in (find_peaks, prominent_peaks):
+        with pytest.raises(ValueError, match=r"density has shape \(1, 4, 5\); expected \(H, W\)"):
+            peaks(ONES[None])
 
 
 def test_the_file_works_alone(tmp_path):
     shutil.copy(postprocess.__file__, tmp_path)
-    code = ("import sys, numpy, postprocess; postprocess.reconstruct([[1]], [[1.0]]);"
+    code = ("import sys, numpy, postprocess; postprocess.reconstruct([[[0.0]], [[1.0]]], [[1.0]]);"
             "assert not {'torch', 'PIL', 'skimage'} & set(sys.modules)")
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
