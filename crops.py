@@ -1,12 +1,12 @@
-"""Crops to train on: windows of labelled images, turned, zoomed and stained anew.
+"""Training crops: windows of labelled images, rotated, zoomed and with changed stain.
 
     crops = Crops([(source, range(27), 1.0)], source.class_names, crop=256)
     crops.load(workers=2)                    # reads every image once and keeps it
     image, type_map, density = crops[0]      # (3, 256, 256), (256, 256), (1, 256, 256)
 
-The density is computed once an image and warped with the picture, so a crop costs a few
-milliseconds. Arrays and coordinates are (y, x). Needs torch, numpy, scipy, pillow; data.py and
-what it needs.
+The density is computed once for each image and warped together with it, so a crop costs a few
+milliseconds. Arrays and coordinates are (y, x). Needs torch, numpy, scipy, pillow, and data.py
+with the modules that it imports.
 """
 
 import math
@@ -23,12 +23,12 @@ from data import UNKNOWN_CLASS, class_lookup, nucleus_classes
 from images import resample
 from postprocess import centroids_of, density_map
 
-CACHE_BYTES = 8 * 2**30  # ours: images beyond are read anew for every crop
-SAME_MPP = 0.05  # ours: nuclei vary more than this in size, so a smaller difference is left alone
+CACHE_BYTES = 8 * 2**30  # ours: images that do not fit are read again for every crop
+SAME_MPP = 0.05  # ours: below this no resampling, since the sizes of nuclei vary more
 HED = np.array([[0.650, 0.704, 0.286],   # haematoxylin: optical density of red, green, blue
                 [0.072, 0.990, 0.105],   # eosin
                 [0.268, 0.570, 0.776]])  # residual; all three Ruifrok, Johnston 2001
-TRANSMISSION = np.arange(1, 257) / 256  # of a pixel value
+TRANSMISSION = np.arange(1, 257) / 256  # of light, for each pixel value
 OPTICAL_DENSITY = -np.log(TRANSMISSION).astype(np.float32)
 
 
@@ -40,15 +40,15 @@ class Sample(NamedTuple):
 
     image: np.ndarray  # (H, W, 3) uint8
     type_map: np.ndarray  # (H, W) uint8, classes of the network
-    density: np.ndarray  # (H, W) uint8, 255 at each nucleus
+    density: np.ndarray  # (H, W) uint8, 255 at the centre of each nucleus
     centroids: np.ndarray  # (N, 2)
     classes: np.ndarray  # (N,) classes of the network
 
 
 def nearest(side, full):
-    """(side,) indices: which of `full` pixels is nearest to each of `side` that cover the same.
+    """(side,) indices: for each of `side` pixels, the nearest of `full` pixels on the same length.
 
-    Where two are equally near, they take turns, so that nothing shifts.
+    If two are equally near, the lower and the higher one alternate, so that nothing shifts.
     """
     zoom = full / side
     centers = zoom * (np.arange(side) + 0.5)  # in pixel corners
@@ -76,21 +76,21 @@ def prepare(source, i, lookup, mpp, sigma, combine):
         centroids = zoom * (centroids + 0.5) - 0.5
         type_map = type_map[rows[:, None], columns]
 
-    # the density in 8 bits, as Pillow warps them
+    # the density in 8 bits, which Pillow can warp
     density = density_map(centroids, type_map.shape, sigma=sigma, combine=combine)
     density = np.round(255 * density).astype(np.uint8)
     return Sample(image, type_map, density, centroids, classes)
 
 
 def reflect(start, stop, size):
-    """Indices start..stop-1 of a line 0..size-1 that goes on by reflection, however often."""
+    """Indices start..stop-1 of a line of `size` pixels, reflected at its ends again and again."""
     period = max(2 * (size - 1), 1)
     index = np.arange(start, stop) % period
     return np.minimum(index, period - index)
 
 
 def cut(arrays, y0, x0, height, width):
-    """The window of each array (H, W, ...) that begins at y0, x0; reflected outside."""
+    """The window of each array (H, W, ...) that begins at y0, x0; outside is reflected."""
     full_height, full_width = arrays[0].shape[:2]
     rows = reflect(y0, y0 + height, full_height)
     columns = reflect(x0, x0 + width, full_width)
@@ -112,8 +112,8 @@ def cut(arrays, y0, x0, height, width):
 def random_affine(rng, *, scale=1.3, aspect=1.08, turn=0.7):
     """A random (2, 2) matrix from offsets (y, x) in the crop to offsets in the image, and its zoom.
 
-    scale, aspect: largest zoom in or out, and largest stretch. turn: how often the angle is any;
-    otherwise it is a quarter turn, mostly without zoom, so that no pixel is resampled.
+    scale, aspect: largest zoom in or out, and largest stretch. turn: share of crops turned by any
+    angle. The others make quarter turns, mostly without zoom, so that no pixel is resampled.
     """
     angle = rng.uniform(0, 4)  # in quarter turns
     zoom = scale ** rng.uniform(-1, 1)
@@ -128,24 +128,24 @@ def random_affine(rng, *, scale=1.3, aspect=1.08, turn=0.7):
     c = math.cos(angle * math.pi / 2)
     s = math.sin(angle * math.pi / 2)
     if quarters:
-        c, s = round(c), round(s)  # exact, for Pillow rounds 143.999999 down
+        c, s = round(c), round(s)  # exact, because Pillow rounds 143.999999 down
     rotation = np.array([[c, -s], [s, c]])
-    down = 1 / (zoom * stretch)  # pixels of the image to one of the crop
+    down = 1 / (zoom * stretch)  # image pixels per crop pixel
     across = mirror * stretch / zoom
     return rotation * (down, across), zoom
 
 
 class View(NamedTuple):
-    """What a crop shows of its image."""
+    """The part of an image that a crop shows."""
 
-    center: np.ndarray  # (y, x) in pixel corners: the first pixel covers [0, 1] x [0, 1]
+    center: np.ndarray  # (y, x); the first pixel covers [0, 1] x [0, 1]
     matrix: np.ndarray  # (2, 2) from offsets (y, x) in the crop to offsets in the image
     zoom: float
 
 
 def warp(sample, view, crop):
-    """The square of side `crop` of an image: image, type_map uint8 and density float32."""
-    # cut the part of the image that the crop can see, two pixels more for the bicubic filter
+    """Cuts a square of side `crop`: image and type_map uint8, density float32."""
+    # cut the part of the image that the crop shows, plus two pixels for the bicubic filter
     half = np.full(2, crop / 2)
     reach = np.abs(view.matrix) @ half + 2  # (2,)
     first = np.floor(view.center - reach).astype(int)
@@ -154,7 +154,7 @@ def warp(sample, view, crop):
     arrays = sample.image, sample.type_map, sample.density
     windows = cut(arrays, *first, height, width)
 
-    # Pillow wants the map from corners of the crop to corners of the window, as (x, y)
+    # Pillow maps pixel corners of the crop to pixel corners of the window, as (x, y)
     (yy, yx), (xy, xx) = view.matrix
     y, x = view.center - first - view.matrix @ half
     affine = xx, xy, x, yx, yy, y
@@ -165,7 +165,7 @@ def warp(sample, view, crop):
                                     Image.Resampling[resampling])
         warped.append(np.asarray(picture))
 
-    # a zoomed peak keeps its width: exp(-r²/2σ²) at zoom z is the power z² of the warped peak
+    # give zoomed peaks their old width: at zoom z, raise exp(-r²/2σ²) to the power z²
     image, type_map, density = warped
     values = np.arange(256) / 255
     powers = (values ** view.zoom**2).astype(np.float32)
@@ -173,10 +173,10 @@ def warp(sample, view, crop):
 
 
 def random_stain(image, rng, *, stain=0.25, shift=0.07, blur=0.25, noise=0.25):
-    """The image (H, W, 3) uint8 stained anew, sometimes blurred, sometimes noisy.
+    """The image (H, W, 3) uint8 with changed stain, sometimes blurred, sometimes noisy.
 
     stain, shift: the amounts of haematoxylin, eosin and residual are scaled by 1 ± stain and
-    shifted by ± shift in optical density. blur, noise: how often.
+    shifted by ± shift in optical density. blur, noise: share of the images that get it.
     """
     # stain: to optical density, to amounts of stain, and back
     scales = 1 + stain * rng.uniform(-1, 1, 3)
@@ -187,7 +187,7 @@ def random_stain(image, rng, *, stain=0.25, shift=0.07, blur=0.25, noise=0.25):
     density += (shifts @ HED).astype(np.float32)
     image = 256 * np.exp(-density) - 1
 
-    # focus and sensor
+    # blur and sensor noise
     if rng.random() < blur:
         sigma = rng.uniform(0.4, 1.5)
         image = ndimage.gaussian_filter(image, (sigma, sigma, 0), truncate=3)
@@ -201,13 +201,13 @@ def random_stain(image, rng, *, stain=0.25, shift=0.07, blur=0.25, noise=0.25):
 
 
 class Crops(torch.utils.data.Dataset):
-    """Endless random crops: item n depends on (seed, n) alone, whatever the workers and order.
+    """Endless random crops: item n depends only on (seed, n), not on workers or order.
 
     parts: (source, indices of its images, share of the crops). Classes are matched by name to
     `class_names`. mpp, sigma, combine: resolution and density target of the network.
-    rare: share of the crops that are centred on a nucleus whose class is drawn evenly, or with
-    `rare_shares` (one a class), where a set knows several classes.
-    geometry, color: options of `random_affine` and `random_stain`, None for none of it.
+    rare: share of the crops that lie around a nucleus whose class is drawn first, evenly or by
+    `rare_shares` (one number a class). It needs a set with at least two classes.
+    geometry, color: options of `random_affine` and `random_stain`; None switches them off.
     Item: image (3, crop, crop) uint8, type_map (crop, crop) uint8, density (1, crop, crop) float32.
     """
 
@@ -233,11 +233,11 @@ class Crops(torch.utils.data.Dataset):
         self.nuclei = []  # (N, 4) of each part: class, i, y, x
 
     def __getstate__(self):
-        # a spawned worker would get all images by pipe
+        # or a spawned worker would receive all images
         return self.__dict__ | {"cache": {}, "cached": 0}
 
     def load(self, workers=0, progress=None):
-        """Reads every image once, keeps it if memory allows, and notes its shape and nuclei.
+        """Reads every image once, keeps it if there is room, and notes its shape and nuclei.
 
         workers: processes that read. progress: called with the images read and their number.
         Raises: what the sources raise for an image or label that is not understood.
@@ -247,7 +247,7 @@ class Crops(torch.utils.data.Dataset):
             parts += [part] * len(indices)
             numbers += indices
 
-        # read, in other processes if there are several; Ctrl-C is for this one
+        # read, in several processes if asked; they ignore Ctrl-C, this one handles it
         pool = None
         if workers > 1:
             pool = ProcessPoolExecutor(workers, initializer=signal.signal,
@@ -263,7 +263,7 @@ class Crops(torch.utils.data.Dataset):
                 pool.shutdown(cancel_futures=True)
 
     def note(self, parts, numbers, samples, progress):
-        """Keeps the samples as they come, and fills the tables."""
+        """Keeps the samples as they arrive, and fills `shapes` and `nuclei`."""
         shapes = [[] for _ in self.sources]
         nuclei = [[] for _ in self.sources]
         for done, (part, i, sample) in enumerate(zip(parts, numbers, samples), 1):
@@ -290,7 +290,7 @@ class Crops(torch.utils.data.Dataset):
             self.cache[part, i] = sample
 
     def sample(self, part, i):
-        """Image i of a part, from memory where it is there."""
+        """Image i of a part, from memory if it is kept there."""
         sample = self.cache.get((part, i))
         if sample is None:
             sample = self.read(part, i)
@@ -298,7 +298,7 @@ class Crops(torch.utils.data.Dataset):
         return sample
 
     def pixels(self):
-        """How many pixels all images have."""
+        """Total number of pixels of all images."""
         shapes = np.concatenate(self.shapes)
         return int(shapes.prod(axis=1).sum())
 
@@ -318,17 +318,17 @@ class Crops(torch.utils.data.Dataset):
             sample = self.sample(part, i)
             _, type_map, _ = warp(sample, view, self.crop)
             counts += np.bincount(type_map.ravel(), minlength=256)
-        counts = counts[:len(self.class_names) + 1]  # not the unknown
+        counts = counts[:len(self.class_names) + 1]  # without the unknown
         return counts / max(counts.sum(), 1)
 
     def pick_rare(self, rng, part):
         """(i, center) near a nucleus whose class is drawn first.
 
-        None where the dice say so, and where fewer than two classes are known.
+        None if this crop is not one of the share `rare`, or the part has fewer than two classes.
         """
         classes = self.nuclei[part][:, 0]
         present = np.unique(classes).astype(int)
-        present = present[present <= len(self.class_names)]  # not the unknown
+        present = present[present <= len(self.class_names)]  # without the unknown
         if len(present) < 2 or rng.random() >= self.rare:
             return None
         shares = self.rare_shares[present - 1]
@@ -340,14 +340,14 @@ class Crops(torch.utils.data.Dataset):
         return int(i), center
 
     def pick(self, rng):
-        """Where a crop is taken: part, i, and its centre (y, x) in pixel corners."""
+        """Draws the place of a crop: part, i, and its centre (y, x), see `View`."""
         parts = len(self.shares)
         part = int(rng.choice(parts, p=self.shares))
         place = self.pick_rare(rng, part)
         if place:
             return part, *place
 
-        # anywhere, large images more often
+        # any place; large images are drawn more often
         shapes = self.shapes[part]
         areas = shapes.prod(axis=1)
         number = rng.choice(len(areas), p=areas / areas.sum())
@@ -358,13 +358,13 @@ class Crops(torch.utils.data.Dataset):
         return part, i, center
 
     def draw(self, n):
-        """All that is random about crop n but its colours: generator, part, i, view."""
+        """Everything random about crop n except its colours: generator, part, i, view."""
         rng = np.random.default_rng((self.seed, n))
         part, i, center = self.pick(rng)
         matrix, zoom = np.eye(2), 1.0
         if self.geometry is not None:
             matrix, zoom = random_affine(rng, **self.geometry)
-        if zoom == 1:  # on whole pixels: a quarter turn then resamples nothing
+        if zoom == 1:  # align with pixels, so that a quarter turn resamples nothing
             half = self.crop / 2
             center = np.round(center - half) + half
         return rng, part, i, View(center, matrix, zoom)

@@ -1,4 +1,4 @@
-"""Data sets of nuclei in every layout, a small synthetic tissue, and a check of your own set.
+"""Reads data sets of nuclei in several layouts, makes synthetic tissue, and checks your set.
 
     source = open_source("CoNSeP")                # or PanNuke, images/ beside labels/, "synthetic"
     image, inst_map, type_map = source.read(0)    # (H, W, 3) uint8, (H, W) int32, (H, W) uint8
@@ -31,23 +31,23 @@ CONSEP_CLASSES = ("miscellaneous", "inflammatory", "epithelial", "spindle-shaped
 CONSEP_TYPES = (0, 1, 2, 2, 3, 3, 3)  # published: its seven types merged to the four
 PANNUKE_CLASSES = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
 PANNUKE_SPLITS = {1: (1, 2, 3), 2: (2, 1, 3), 3: (3, 2, 1)}  # published: train, val, test fold
-USUAL_MPP = 0.25  # 40x: CoNSeP, PanNuke, and what is assumed of files that state nothing
-SAME_MPP = 0.05  # ours: nuclei's sizes vary more than that share anyway
-FAR_OFF = (4, 12)  # ours: µm; medians of nine real sets are 4.1 to 7.8, half of it at 20x
+USUAL_MPP = 0.25  # 40x: CoNSeP, PanNuke, and files that state nothing
+SAME_MPP = 0.05  # ours: a smaller difference is ignored, since the sizes of nuclei vary more
+FAR_OFF = (4, 12)  # ours: µm; medians of nine sets are 4.1 to 7.8, or half if 20x is taken for 40x
 RARE = 20  # ours: a class of fewer nuclei teaches nothing, and may be a misspelt name
-COLORS = ("cyan", "red", "blue", "lime", "yellow", "orange")  # of classes, in turn; as CoNSeP's
+COLORS = ("cyan", "red", "blue", "lime", "yellow", "orange")  # of classes, in order; first CoNSeP's
 
 
 class Source(NamedTuple):
     """A labelled set: `read(i)` gives image (H, W, 3) uint8, inst_map int32 and type_map uint8.
 
-    type_map: 0 background, 1..K, UNKNOWN_CLASS. notes: sentences that a user must be told.
+    type_map: 0 background, 1..K, UNKNOWN_CLASS. notes: sentences for the user.
     """
 
     names: Sequence[str]
     class_names: Sequence[str]
-    read: Callable  # of a picklable kind: worker processes receive it
-    tissues: Sequence[str] | None = None  # one a name, where the set tells
+    read: Callable  # picklable, because worker processes receive it
+    tissues: Sequence[str] | None = None  # one for each image, if the set states them
     mpp: float = USUAL_MPP  # µm per pixel
     notes: Sequence[str] = ()
 
@@ -65,8 +65,8 @@ def nucleus_classes(inst_map, type_map):
 def class_lookup(source, class_names, unknown=()):
     """(256,) uint8 from a source's class ids to those of `class_names`.
 
-    Classes of `unknown` become UNKNOWN_CLASS, and so does "nucleus" where others have names.
-    Raises: ValueError for a class that is in neither.
+    Classes of `unknown` become UNKNOWN_CLASS, and so does "nucleus" beside other class names.
+    Raises: ValueError for a class that is neither in `class_names` nor in `unknown`.
     """
     lookup = np.ones(256, np.uint8)
     lookup[0] = 0
@@ -85,13 +85,13 @@ def class_lookup(source, class_names, unknown=()):
 
 
 def read_chosen(read, lookup, i):
-    """Image i of another source, as `Source.read` gives it, with classes by a lookup."""
+    """Image i of another source, as `Source.read` gives it, with classes from a lookup."""
     image, inst_map, type_map = read(i)
     return image, inst_map, lookup[type_map]
 
 
 def choose_classes(source, classes, unknown):
-    """The source with the classes that `open_source` was asked for."""
+    """The source with the classes that `open_source` was given."""
     own = source.class_names
     if not set(unknown) <= set(own):
         raise ValueError(f"no class {', '.join(unknown)} to take as unknown; there are "
@@ -108,12 +108,13 @@ def choose_classes(source, classes, unknown):
 def read_folder(files, labels, class_names, known, mpp, i):
     """Image i of a folder, as `Source.read` gives it.
 
-    labels: a folder. known: from `class_table`. mpp: what the image must not deny, or None.
+    labels: a folder. known: from `class_table`. mpp: that of the set;
+    an image that states another is refused. None: do not check.
     """
     path, own = files[i]
     label_path = only_label(path, own, labels)
     image = read_image(path)
-    # refused where the labels may lie otherwise on it
+    # refuse an image that its labels may not fit
     if image.turned:
         raise ValueError(f"{path}: it has an EXIF orientation, but labels may be drawn on it "
                          "turned or not; save it as PNG without EXIF, turned as its labels are")
@@ -140,14 +141,14 @@ def read_folder(files, labels, class_names, known, mpp, i):
 def folder_source(root, consep, mpp):
     """images/*, labels/<name>.*, classes in types/<name>.json or the labels; or CoNSeP's folders.
 
-    mpp: of the images; None takes what the first one states, and refuses another that denies it.
+    mpp: of the images; None: as the first image states. Images that state another are refused.
     """
     images, labels = root / "images", root / "labels"
     if consep:
         images, labels = root / "Images", root / "Labels"
     files, skipped = find_files(images, labels)
 
-    # names; sorted by length, CoNSeP's train_2 comes before train_10
+    # names; CoNSeP's are sorted by length, so that train_2 comes before train_10
     if consep:
         files.sort(key=lambda pair: len(pair[0].name))
         names = {number: CONSEP_CLASSES[k] for number, k in enumerate(CONSEP_TYPES, 1)}
@@ -164,7 +165,7 @@ def folder_source(root, consep, mpp):
         expected = USUAL_MPP
         note = ("no resolution in the images: assumed 0.25 µm per pixel (40x); give --data-mpp "
                 "otherwise")
-        with contextlib.suppress(OSError, ValueError):  # said when the image is read
+        with contextlib.suppress(OSError, ValueError):  # reported when the image is read
             stated = read_image(files[0][0]).mpp
             if stated:
                 expected = stated
@@ -184,7 +185,7 @@ def mapped(path):
 
 
 def read_pannuke(root, names, n):
-    """Tile n, as `Source.read` gives it. Where channels of the mask overlap, the first counts."""
+    """Tile n, as `Source.read` gives it. If channels of the mask overlap, the first wins."""
     fold, i = names[n].split("/")
     folder = root / f"Fold {fold[-1]}"
     image = mapped(folder / "images" / fold / "images.npy")[int(i)]  # often float64 0..255
@@ -217,8 +218,11 @@ def pannuke_source(root):
 
 
 def check_source(source):
-    """Reads a set: {i: what is wrong with image i}, (256,) nuclei by class, all their areas."""
-    problems = {}
+    """Reads a whole set: {i: problem of image i}, (256,) nuclei of each class, all areas.
+
+    The fourth result, {class id: name of the first image with such a nucleus}, helps to find it.
+    """
+    problems, examples = {}, {}
     counts = np.zeros(256, np.int64)
     areas = []
     for i in range(len(source.names)):
@@ -230,11 +234,24 @@ def check_source(source):
         classes = nucleus_classes(inst_map, type_map)
         counts += np.bincount(classes, minlength=256)
         areas += np.bincount(inst_map.ravel())[1:].tolist()
-    return problems, counts, areas
+        for k in np.unique(classes).tolist():
+            examples.setdefault(k, source.names[i])
+    return problems, counts, areas, examples
 
 
-def doubtful_classes(names, counts):
-    """Sentences on classes that look wrong: numbers among names, near-namesakes, rare ones."""
+def strange_classes(names, classes, counts, examples):
+    """Sentences on the classes of a set that the user's list `classes` lacks."""
+    result = []
+    for k, name in enumerate(names, 1):
+        if name not in classes:
+            where = examples.get(k, "none that could be read")
+            result.append(f"class {name!r} is not among {', '.join(classes)}; it has {counts[k]} "
+                          f"nuclei, the first in {where}")
+    return result
+
+
+def doubtful_classes(names, counts, examples):
+    """Sentences on doubtful classes: numbers among names, similar names, rare classes."""
     result = []
     numbers = [name for name in names if name.isdecimal()]
     if 0 < len(numbers) < len(names):
@@ -243,9 +260,10 @@ def doubtful_classes(names, counts):
         match = difflib.SequenceMatcher(None, first.casefold(), second.casefold())
         if match.ratio() > 0.85:
             result.append(f"classes {first!r} and {second!r} are nearly alike: one class?")
-    for name, count in zip(names, counts):
-        if count < RARE and len(names) > 1:
-            result.append(f"class {name!r} has {count} nuclei: misspelt, or too rare?")
+    for k, name in enumerate(names, 1):
+        if counts[k] < RARE and len(names) > 1:
+            where = f", the first in {examples[k]}" if k in examples else ""
+            result.append(f"class {name!r} has {counts[k]} nuclei{where}: misspelt, or too rare?")
     return result
 
 
@@ -284,7 +302,7 @@ def contact_sheet(source, indices, side=128):
 
 # ---------------------------------------------------------------- synthetic tissue
 
-KINDS = (  # ours: semi-axes in pixels and haematoxylin of CONSEP_CLASSES
+KINDS = (  # ours: two semi-axes in pixels and the haematoxylin, for each of CONSEP_CLASSES
     (4.5, 4.0, 1.30),  # shrunken and black
     (6.5, 6.0, 0.80),  # round and dark
     (11.0, 8.5, 0.40),  # large and pale
@@ -294,9 +312,9 @@ STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))  # H, E: Ruifrok, Johnston 200
 
 
 def draw_nucleus(rng, place, inst_map, hematoxylin, kind):
-    """Draws a nucleus at a random place beside those there; returns whether there was room.
+    """Draws a nucleus at a random place if there is room; returns whether there was.
 
-    place: (H, W) complex, x + iy of each pixel, since multiplication turns complex numbers.
+    place: (H, W) complex, x + iy of each pixel: a complex product is a rotation.
     """
     long, short, stain = KINDS[kind] * rng.uniform(0.75, 1.3, 3)
     y, x = rng.integers(inst_map.shape)
@@ -305,7 +323,7 @@ def draw_nucleus(rng, place, inst_map, hematoxylin, kind):
     offset = (place[box] - place[y, x]) * turn
     ellipse = np.hypot(offset.real / long, offset.imag / short) < 1
 
-    # what no other nucleus holds, if that is most of it and one piece
+    # draw the part on free ground, if that is one piece and most of the nucleus
     free = ellipse & (inst_map[box] == 0)
     _, pieces = ndimage.label(free)
     if pieces != 1 or free.sum() < 0.8 * ellipse.sum():
@@ -316,7 +334,7 @@ def draw_nucleus(rng, place, inst_map, hematoxylin, kind):
 
 
 def synthetic_tissue(seed, size=256):
-    """Made-up H&E tissue at 0.25 µm per pixel with its truth, as `Source.read`; fixed by the seed.
+    """Synthetic H&E tissue at 0.25 µm per pixel, as from `Source.read`; the seed determines it.
 
     Classes are CONSEP_CLASSES; one tile in twenty has no nucleus. size: a side or (height, width).
     """
@@ -339,7 +357,7 @@ def synthetic_tissue(seed, size=256):
     type_map = np.array(types, np.uint8)[inst_map]
     eosin[inst_map > 0] = 0.12
 
-    # the microscope: blur, light that stains absorb, noise
+    # the microscope: blur, absorption by the stains, noise
     stains = ndimage.gaussian_filter((hematoxylin, eosin), (0, 0.8, 0.8))
     density = np.tensordot(stains, STAINS, (0, 0))  # (H, W, 3)
     image = 240 * np.exp(-1.8 * density)
@@ -359,15 +377,15 @@ def open_source(path, *, classes=None, unknown=(), mpp=None, count=120, size=256
     """The data set at `path`, its layout recognised; "synthetic" gives `count` generated images.
 
     classes: the only class names allowed, in this order; None takes the set's own. unknown: names
-    of classes that become UNKNOWN_CLASS. mpp: of the images; None takes what they state.
-    Raises: ValueError saying what was found where no layout fits, FileNotFoundError.
+    of classes that become UNKNOWN_CLASS. mpp: of the images; None: as they state.
+    Raises: FileNotFoundError; ValueError that lists what was found if no layout fits.
     """
     if mpp is not None:
-        check_mpp(mpp)
+        check_mpp(mpp, "--data-mpp")
     root = Path(path)
     if (root / "Train" / "Images").is_dir():
         root = root / "Train"
-    found = sorted(child.name for child in root.glob("*"))  # in their case, unlike is_dir()
+    found = sorted(child.name for child in root.glob("*"))  # exact case, unlike is_dir()
 
     # its layout
     if str(path) == "synthetic":
@@ -385,22 +403,28 @@ def open_source(path, *, classes=None, unknown=(), mpp=None, count=120, size=256
     else:
         raise ValueError(f"{root}: found {', '.join(found[:9]) or 'nothing'}; {LAYOUTS}")
 
-    # a set without classes stays one
+    # a set without classes keeps its one class
     if (classes or unknown) and list(source.class_names) != ["nucleus"]:
-        source = choose_classes(source, classes, unknown)
+        try:
+            source = choose_classes(source, classes, unknown)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return source._replace(mpp=mpp or source.mpp)
 
 
 def check_folder(path, out, classes, mpp):
-    """Checks one set, prints what was found, draws its contact sheet; returns how many problems."""
+    """Checks one set, prints a report, draws a contact sheet; returns the number of problems."""
     try:
-        source = open_source(path, classes=classes, mpp=mpp)
+        source = open_source(path, mpp=mpp)
     except (OSError, ValueError) as error:
         print(f"{path}\n  problem: {error}")
         return 1
-    problems, counts, areas = check_source(source)
+    problems, counts, areas, examples = check_source(source)
+    sentences = list(problems.values())
+    if classes and list(source.class_names) != ["nucleus"]:
+        sentences += strange_classes(source.class_names, classes, counts, examples)
 
-    # what is there
+    # print the counts
     print(f"{path}: {len(source.names)} images, {len(areas):,} nuclei")
     for k, name in enumerate(source.class_names, 1):
         print(f"  {name}: {counts[k]:,}")
@@ -408,8 +432,8 @@ def check_folder(path, out, classes, mpp):
     for note in source.notes:
         print(f"  note: {note}")
 
-    # what looks wrong
-    for doubt in doubtful_classes(source.class_names, counts[1:]):
+    # print what looks wrong
+    for doubt in doubtful_classes(source.class_names, counts, examples):
         print(f"  warning: {doubt}")
     if areas:
         area = np.median(areas)
@@ -419,33 +443,35 @@ def check_folder(path, out, classes, mpp):
         if not FAR_OFF[0] <= diameter <= FAR_OFF[1]:
             print("  warning: that is far off; 0.25 µm per pixel is 40x, 0.5 is 20x; give "
                   "--data-mpp")
-    else:
+    elif not problems:
         print("  warning: no nucleus was read; are these the right labels?")
-    for problem in problems.values():
-        print(f"  problem: {problem}")
+    for sentence in sentences:
+        print(f"  problem: {sentence}")
 
-    # what it looks like
+    # draw the readable images
     good = [i for i in range(len(source.names)) if i not in problems]
     if good:
         out.mkdir(parents=True, exist_ok=True)
         sheet = out / f"contact_{path.resolve().name}.png"
         contact_sheet(source, good).save(sheet)
         print(f"  drawn in {sheet}")
-    return len(problems)
+    return len(sentences)
 
 
 def main(argv=None):
-    """Runs the command; returns 1 where a set has problems."""
+    """Runs the command; returns 0, 1 for problems or an error, or 130 when interrupted."""
     # options
     parser = argparse.ArgumentParser(description="Checks data sets: reads all, lists every "
                                      "problem, counts the classes, draws a contact sheet.")
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="data sets to check")
-    add("--out", type=Path, default=Path("check"), help="for contact sheets (default: check)")
+    add("--out", type=Path, default=Path("check"), help="folder of contact sheets (default: check)")
     add("--classes", help="the only class names allowed, as a,b,c (default: the set's own)")
-    add("--data-mpp", type=float, help="µm per pixel (default: what the images state, else 0.25)")
+    add("--data-mpp", type=float, help="µm per pixel (default: as the images state, else 0.25)")
     options = parser.parse_args(argv)
-    classes = options.classes.split(",") if options.classes else None
+    classes = None
+    if options.classes:
+        classes = [name.strip() for name in options.classes.split(",")]
 
     # work
     problems = 0
@@ -458,7 +484,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    print(f"{problems} problems")
+    print("1 problem" if problems == 1 else f"{problems} problems")
     return 1 if problems else 0
 
 

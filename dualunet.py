@@ -34,7 +34,7 @@ DENSITY_WEIGHT = 20.0  # ours: with 1 (paper) the density is undertrained, and n
 
 
 class ResNetBlock(nn.Module):
-    """Residual block, basic (3×3, 3×3) or bottleneck (1×1, 3×3, 1×1). Names: torchvision's."""
+    """Residual block, basic (3×3, 3×3) or bottleneck (1×1, 3×3, 1×1), with torchvision's names."""
 
     def __init__(self, in_channels, channels, *, stride, bottleneck, groups, group_width):
         super().__init__()
@@ -104,7 +104,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvNeXtMLP(nn.Module):
-    """Two linear layers over the last axis with GELU between. A module of its own for the names."""
+    """Two linear layers over the last axis, GELU between; a module so that names match timm's."""
 
     def __init__(self, channels):
         super().__init__()
@@ -116,10 +116,10 @@ class ConvNeXtMLP(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7×7, LayerNorm, MLP, layer scale. Names: timm's.
+    """Depthwise 7×7, LayerNorm, MLP, layer scale. Parameter names: timm's.
 
-    After the depthwise convolution it works in (N, H, W, C): LayerNorm and Linear need no
-    transposition there.
+    After the depthwise convolution it works in (N, H, W, C), where LayerNorm and Linear need no
+    transposition.
     """
 
     def __init__(self, channels):
@@ -169,7 +169,7 @@ class ConvNeXt(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution that pads as TensorFlow's "same": if strided, more after than before."""
+    """Convolution with TensorFlow's "same" padding: an odd pixel goes to the bottom and right."""
 
     def forward(self, x):
         total = self.kernel_size[0] - self.stride[0]
@@ -212,7 +212,7 @@ class EfficientNetLite(nn.Module):
     """
 
     strides = (2, 4, 8, 16, 32)
-    mean = (127 / 255,) * 3  # of its ImageNet weights: (255 · x - 127) / 128
+    mean = (127 / 255,) * 3  # its ImageNet weights expect (255 · x - 127) / 128
     std = (128 / 255,) * 3
 
     def __init__(self, depths, widths):
@@ -305,12 +305,12 @@ class Decoder(nn.Module):
 
 
 class DualUNet(nn.Module):
-    """One encoder, one decoder for what each pixel is, one for where each nucleus is.
+    """One encoder with two decoders: one classifies the pixels, the other locates the nuclei.
 
     encoder: a name in ENCODERS, or a module of your own (see "encoders" above).
-    decoder_channels: five widths, deepest first. image_skip: channels of a 3×3 convolution of the
-    input that the last block of both decoders takes as its skip; 0 is published.
-    `config` holds the arguments, and what the model's file says beside them (see METADATA).
+    decoder_channels: five widths, deepest first. image_skip: channels that a 3×3 convolution
+    makes from the image; both decoders take them as the skip of their last block. 0 (published)
+    means no such skip. `config` holds the arguments and the metadata of the file (see METADATA).
     """
 
     def __init__(self, *, num_classes, encoder="resnext50_32x4d",
@@ -326,7 +326,7 @@ class DualUNet(nn.Module):
         self.config = {"num_classes": num_classes, "encoder": name,
                        "decoder_channels": tuple(decoder_channels), "image_skip": image_skip}
 
-        # one encoder; the image may join its features
+        # one encoder; image_skip adds a feature at full resolution
         self.encoder = ENCODERS[encoder]() if isinstance(encoder, str) else encoder
         self.image_skip = conv_norm_relu(3, image_skip) if image_skip else None
 
@@ -355,17 +355,17 @@ class DualUNet(nn.Module):
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
         for head in (self.segmentation_head, self.density_head):
-            nn.init.normal_(head.weight, std=0.01)  # ours: starts near uniform classes, no peak
+            nn.init.normal_(head.weight, std=0.01)  # ours: first maps are nearly uniform
 
     def forward(self, images):
-        """Raw maps of RGB images.
+        """Computes the two raw maps of RGB images.
 
-        images: (N, 3, H, W) float in [0, 1], any H and W; padded inside to multiples of 32.
-        Returns logits (N, K + 1, H, W) and density (N, 1, H, W), both float32 under autocast too.
+        images: (N, 3, H, W) float in [0, 1], of any H and W: they are padded to multiples of 32.
+        Returns logits (N, K + 1, H, W) and density (N, 1, H, W), both float32, even under autocast.
         """
         height, width = images.shape[-2:]
         x = (images - self.mean) / self.std
-        if height % 32 or width % 32:  # replicated: unlike reflection it exists at any size
+        if height % 32 or width % 32:  # unlike reflection, replication works at any size
             x = F.pad(x, (0, -width % 32, 0, -height % 32), mode="replicate")
         x = x.to(next(self.encoder.parameters()).dtype)
 
@@ -382,9 +382,9 @@ class DualUNet(nn.Module):
         return logits[..., :height, :width], density[..., :height, :width]
 
     def fuse(self, dtype=None):
-        """A frozen copy for inference, see "inference form" below.
+        """Returns a frozen copy for inference, see "inference form" below.
 
-        dtype: None, or the half precision of all but the heads.
+        dtype: None, or a half precision for all parts but the heads.
         """
         return fuse(self, dtype)
 
@@ -400,9 +400,10 @@ def dual_loss(logits, density, type_map, density_target, *, class_weights=None,
     UNKNOWN_CLASS, density_target (N, 1, H, W), class_weights (K+1,) or None. Returns a dict of
     scalars: "ce", "dice", "mse" and their weighted sum "loss".
 
-    The cross-entropy is the mean over pixels of weight · loss (published), not torch's weighted
-    mean. A nucleus of unknown class is marginalised: its loss is −log of the summed nucleus
-    probabilities, its weight is the median nucleus weight, and it counts in no class's Dice.
+    The cross-entropy is the plain mean of weight · loss over the pixels (published); torch would
+    divide by the sum of the weights. A pixel of unknown class may be any nucleus: its loss is −log
+    of the sum of all nucleus probabilities, its weight is the median of the nucleus weights, and
+    the Dice of the nucleus classes leaves it out.
     """
     # cross-entropy of each pixel
     log_p = F.log_softmax(logits.float(), dim=1)  # (N, K+1, H, W)
@@ -430,24 +431,25 @@ def dual_loss(logits, density, type_map, density_target, *, class_weights=None,
 
 # ---------------------------------------------------------------- our checkpoint files
 
-PUBLISHED_CLASSES = {  # name -> colour in overlays, as the data sets' authors draw them
+PUBLISHED_CLASSES = {  # name -> colour in overlays; the data sets' authors chose them
     "CoNSeP": {"miscellaneous": (0, 255, 255), "inflammatory": (255, 0, 0),
                "epithelial": (0, 0, 255), "spindle-shaped": (0, 255, 0)},
     "PanNuke": {"neoplastic": (255, 0, 0), "inflammatory": (0, 255, 0), "connective": (0, 0, 255),
                 "dead": (255, 255, 0), "epithelial": (255, 165, 0)},
 }
-METADATA = {  # what a file says beside the architecture, and what holds where it is silent
+METADATA = {  # what a file states besides the architecture, and the defaults
     "class_names": None,  # K names
     "colors": None,  # K RGB triples
     "mpp": None,  # µm per pixel of the training images
     "licence": None,  # of the weights
     "sigma": 5.0,  # of the density's peaks, in pixels
     "reconstruct": {},  # options of postprocess.reconstruct that fit this model
+    "tile": None, "halo": None,  # of inference: networks do best on windows as large as their crops
 }
 
 
 def class_colors(class_names):
-    """K RGB triples: published ones where the names are of one published set, else spread hues."""
+    """K RGB colours: published ones if all names are of one published set, else spaced hues."""
     for published in PUBLISHED_CLASSES.values():
         if published.keys() >= set(class_names):
             return [published[name] for name in class_names]
@@ -460,10 +462,10 @@ def class_colors(class_names):
 
 
 def save_checkpoint(path, model, *, half=False, **extra):
-    """Writes a self-describing file that `load_model` reads: whole or not at all.
+    """Writes a self-describing file for `load_model`; a failed call leaves an old file intact.
 
-    half: weights of two and more axes in float16 (norms and biases stay float32), for shipping.
-    extra: plain values and state dicts stored beside the model (optimizer, epoch, ...).
+    half: stores weights of two or more axes in float16, for a small file; norms and biases stay
+    float32. extra: plain values and state dicts to store too (optimizer, epoch, ...).
     """
     state = model.state_dict()
     if half:
@@ -479,7 +481,7 @@ def save_checkpoint(path, model, *, half=False, **extra):
 
 
 def read_checkpoint(path):
-    """The plain dict in a torch file, on the CPU; code in it is never run.
+    """Reads the plain dict in a torch file, on the CPU; code in it is never run.
 
     Raises: FileNotFoundError; ValueError when it is no checkpoint, is cut short or holds code.
     """
@@ -504,14 +506,14 @@ def read_checkpoint(path):
 
 
 def some(names):
-    """The first three names in words."""
+    """The first three names as text, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 def check_keys(path, expected, got):
-    """Raises ValueError naming what differs between two {name: tensor}, or what is not finite."""
+    """Raises ValueError that names tensors which are missing, extra, misshapen or not finite."""
     problems = []
     if missing := expected.keys() - got.keys():
         problems.append(f"missing {some(missing)}")
@@ -523,12 +525,28 @@ def check_keys(path, expected, got):
     if problems:
         raise ValueError(f"{path}: does not fit the architecture: {'; '.join(problems)}")
     for name, value in got.items():
+        if value.layout != torch.strided:
+            raise ValueError(f"{path}: {name} is sparse; use another checkpoint")
         if not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity; use another checkpoint")
 
 
+def check_metadata(path, metadata):
+    """Raises ValueError for metadata of another type than `save_checkpoint` writes."""
+    kinds = {"class_names": (list, tuple), "colors": (list, tuple), "mpp": (int, float),
+             "licence": str, "sigma": (int, float), "reconstruct": dict, "tile": int, "halo": int}
+    for name, kind in kinds.items():
+        value = metadata[name]
+        good = value is None or isinstance(value, kind)
+        if name == "class_names" and good:
+            good = all(isinstance(class_name, str) for class_name in value or [])
+        if not good:
+            raise ValueError(f"{path}: its {name} is {value!r}; convert it again, or save it with "
+                             "save_checkpoint")
+
+
 def model_from(path, checkpoint, device="cpu", encoder=None):
-    """The model of a dict as `save_checkpoint` stores it, in float32 and eval mode."""
+    """Builds the model from a dict that `save_checkpoint` stored, in float32 and eval mode."""
     config, state = dict(checkpoint["model_config"]), checkpoint["model"]
     if encoder is not None:
         config["encoder"] = encoder
@@ -540,6 +558,7 @@ def model_from(path, checkpoint, device="cpu", encoder=None):
     model.load_state_dict(state)
 
     metadata = METADATA | {k: checkpoint[k] for k in METADATA if k in checkpoint}
+    check_metadata(path, metadata)
     num_classes = model.config["num_classes"]
     names = metadata["class_names"] or [f"class {k}" for k in range(1, num_classes + 1)]
     if len(names) != num_classes:
@@ -551,10 +570,10 @@ def model_from(path, checkpoint, device="cpu", encoder=None):
 
 
 def load_model(path, device="cpu", encoder=None):
-    """The model in a file of `save_checkpoint`, in float32 and eval mode.
+    """Loads the model from a file that `save_checkpoint` wrote, in float32 and eval mode.
 
-    `model.config` holds what the file says, see METADATA. encoder: a module, where the model was
-    built with one of your own. Raises: FileNotFoundError, ValueError.
+    `model.config` holds what the file states, see METADATA. encoder: your module, if the model was
+    built with one. Raises: FileNotFoundError, ValueError.
     """
     checkpoint = read_checkpoint(path)
     for part in ("model", "model_config"):
@@ -566,15 +585,15 @@ def load_model(path, device="cpu", encoder=None):
 
 # ---------------------------------------------------------------- inference form
 #
-# Skip this at first: it changes how the maps are computed, not what they are.
+# You may skip this section: it only computes the same maps faster.
 
 
 def fuse(model, dtype=None):
-    """A frozen copy of a DualUNet: equal maps, to 1e-5 relative in float32, in 0.6 of the time.
+    """A frozen copy of a DualUNet that takes 0.6 of the time; float32 maps agree to 1e-5.
 
-    dtype: None, or half precision for all but the heads. Autocast works too, but it casts the
-    weights anew at every call. Measured and rejected: both decoders as one with grouped
-    convolutions, which was no faster, and slow in bfloat16.
+    dtype: None, or a half precision for all parts but the heads. Autocast works too, but it casts
+    the weights again at every call. Rejected after measuring: both decoders as one network with
+    grouped convolutions. It was no faster, and slow in bfloat16.
     """
     fused = copy.deepcopy(model).eval()
     fold_batchnorm(fused)
@@ -590,7 +609,7 @@ def fuse(model, dtype=None):
 def fold_batchnorm(module):
     """Folds every BatchNorm into the convolution before it.
 
-    Known pairs: conv1 and bn1, conv2 and bn2, ..., and neighbours in a Sequential.
+    The pairs are conv1 and bn1, conv2 and bn2, ..., or neighbours in a Sequential.
     """
     for name, child in list(module.named_children()):
         fold_batchnorm(child)
@@ -607,10 +626,11 @@ def fold_batchnorm(module):
 
 
 class FusedBlock(nn.Module):
-    """A DecoderBlock, its BatchNorm folded, that neither upsamples nor concatenates.
+    """A DecoderBlock for inference, with BatchNorm folded, without upsampling or concatenation.
 
-    A 3×3 convolution of an s-fold nearest upsampling is a transposed convolution of stride s, whose
-    kernel (s + 2)² sums the flipped 3×3 at s² offsets: at s = 2, 4 multiplications instead of 9.
+    Nearest upsampling by s and then a 3×3 convolution equal one transposed convolution of stride s.
+    Its kernel, of side s + 2, is the sum of the flipped 3×3 kernel at s² offsets. With s = 2 an
+    output pixel takes 4 multiplications instead of 9.
     """
 
     def __init__(self, block, in_channels):

@@ -29,7 +29,7 @@ from runs import (explain, keep_memory, names_in, pick_device, pick_precision, s
                   show_progress)
 
 RADIUS = 3.0  # µm between centroids of a pair; HoVer-Net: 12 px at 40x, 6 px at 20x
-OFFSETS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # what calibration subtracts from the background's logit
+OFFSETS = (0.0, 0.2, 0.4)  # ours: more widens the outlines of CoNSeP, the main set, too far
 
 
 # ---------------------------------------------------------------- scores
@@ -50,7 +50,7 @@ def spread(indices, count):
 
 
 def scored_classes(source, class_names):
-    """The names to score under: where the truth or the network only says nucleus, so do we."""
+    """The class names to score: only "nucleus" if the truth or the network has no others."""
     if list(source.class_names) == ["nucleus"] or list(class_names) == ["nucleus"]:
         return ["nucleus"]
     return list(class_names)
@@ -75,7 +75,7 @@ def score_source(source, indices, class_names, find):
 
 
 def figures_of(source, indices, class_names, find):
-    """The four figures that training logs of a set."""
+    """The four figures that training logs for a set."""
     scores = score_source(source, indices, class_names, find)
     summary = summarise(scores, scored_classes(source, class_names))
     classification = summary["classification"]
@@ -89,11 +89,11 @@ def figures_of(source, indices, class_names, find):
 
 
 def calibrate(model, sets, val_images, dtype=None):
-    """Lowers the background's logit by the one of OFFSETS with the best PQ, meant over the sets.
+    """Lowers the background's logit by the one of OFFSETS with the best mean PQ over the sets.
 
-    Outlines are too narrow where a set draws them wider than those that the network saw most. The
-    offset goes into the head's bias, so that inference keeps its one rule. sets: (source, indices)
-    of validation images, of which `val_images` a set count. Returns {offset: mean PQ}.
+    Sets differ in how wide they draw outlines, so the network's may be too narrow for some. The
+    offset goes into the head's bias, so that inference needs no option for it. sets: (source,
+    indices) of validation images; at most `val_images` of each are used. Returns {offset: mean PQ}.
     """
     # try each on a copy
     bias = model.segmentation_head.bias
@@ -128,9 +128,9 @@ def middle(shape, side):
 
 
 def draw_images(source, indices, find, class_names, colors, path, side=10**6):
-    """A picture with a row an image: input, truth and prediction, twice as large.
+    """Draws a row for each image: input, truth and prediction, at twice the size.
 
-    side: of the window in the middle of each that is shown.
+    side: of the shown window in the middle of each image.
     """
     lookup = class_lookup(source, class_names)
     rows, titles, unknown = [], [], False
@@ -158,7 +158,7 @@ def draw_images(source, indices, find, class_names, colors, path, side=10**6):
 
 
 def row(title, *values):
-    """A line of the table; n/a where a figure is undefined."""
+    """Prints a line of the table; n/a if a figure is undefined."""
     cells = []
     for value in values:
         if not isinstance(value, str):
@@ -168,7 +168,7 @@ def row(title, *values):
 
 
 def print_table(summary, class_names):
-    """The figures of `summarise`, each under its protocol."""
+    """Prints the figures of `summarise`, each under its protocol."""
     print(f"{summary['checkpoint']} on {summary['images']} images of {summary['data']}")
     for name in ("detection", "detection_capped"):
         part = summary[name]
@@ -243,7 +243,7 @@ def open_predicted(options, source):
 
 def evaluate(options):
     """Scores a checkpoint or a folder; prints, writes and draws."""
-    # what is compared with what
+    # open the truth and the predictions
     if options.data_mpp is not None:
         check_mpp(options.data_mpp, "--data-mpp")
     source = open_source(options.data, classes=options.classes, mpp=options.data_mpp)
@@ -273,7 +273,7 @@ def evaluate(options):
     (out / "evaluation.json").write_text(text, encoding="utf-8")
     colors = class_colors(class_names)
     quality = [panoptic_quality(score["panoptic"])[2] for score in scores]
-    for n in np.argsort(quality)[:options.worst]:  # an image with nothing to find sorts last
+    for n in np.argsort(quality)[:options.worst]:  # an image without nuclei sorts last
         path = out / f"worst_{summary['names'][n].replace('/', '_')}.png"
         draw_images(source, [indices[n]], find, class_names, colors, path)
         print(f"PQ {quality[n]:.3f}, input, truth, prediction: {path}")
@@ -281,7 +281,7 @@ def evaluate(options):
 
 
 def without_nan(value):
-    """The value with nan, which JSON lacks, as None."""
+    """The value with None in place of nan, which JSON lacks."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -301,16 +301,16 @@ def parse_options(argv=None):
     add("--all", action="store_true", help="score every image (default: the checkpoint's "
         "validation images)")
     add("--val", nargs="+", metavar="NAME", help="score these images")
-    add("--classes", type=names_in, metavar="A,B,C", help="the classes of the data; another name "
+    add("--classes", type=names_in, metavar="A,B,C", help="the classes of the data; any other name "
         "is an error")
-    add("--data-mpp", type=float, metavar="MPP", help="µm per pixel of the images (default: what "
+    add("--data-mpp", type=float, metavar="MPP", help="µm per pixel of the images (default: as "
         "the files state, else 0.25)")
-    add("--flips", action="store_true", help="mean over four mirrorings, four times the time")
+    add("--flips", action="store_true", help="mean over four mirrorings, in four times the time")
     add("--worst", type=int, default=3, metavar="N", help="how many images to draw (default: 3)")
     add("--out", default="evaluation", metavar="FOLDER", help="where to write (default: "
         "evaluation)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="default: bf16 where "
+    add("--device", default="auto", help="cuda, mps or cpu (default: the first available)")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="default: bf16 if "
         "the processor has it")
     return parser.parse_args(argv)
 

@@ -1,9 +1,9 @@
-"""Image files as RGB pixels, with the resolution they state and notes on what is doubtful.
+"""Reads image files as RGB pixels, with their resolution and notes on doubtful points.
 
     image = read_image("tile.tif")
     image.pixels, image.mpp, image.mpp_source, image.notes
 
-What is not understood is refused in one sentence, never guessed. Needs numpy and pillow.
+A file that is not understood is refused in one sentence. Needs numpy and pillow.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".jp2",
                   ".gif")
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")  # ours: none runs programs
-MAX_PIXELS = 2**28  # ours: declaring more is refused undecoded; some need 30 bytes a pixel
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")  # ours: none starts programs
+MAX_PIXELS = 2**28  # ours: larger files are not decoded; some need 30 bytes a pixel
 ADVICE = "copy it again, or save it as PNG"
 
 
@@ -30,7 +30,7 @@ class ImageFile(NamedTuple):
     """What `read_image` returns."""
 
     pixels: np.ndarray  # (H, W, 3) uint8 RGB
-    mpp: float | None  # µm per pixel that the file states, None unless plausible
+    mpp: float | None  # µm per pixel as stated; None if missing or implausible
     mpp_source: str  # such as "OME metadata", "" where mpp is None
     turned: bool  # an EXIF orientation other than 1 was applied
     notes: tuple[str, ...]  # sentences for the user, without the path
@@ -85,12 +85,12 @@ UNITS = {"nm": 1e-3, "um": 1, "micron": 1, "microns": 1, "mm": 1e3, "cm": 1e4,
 
 
 def plausible_mpp(value):
-    """Whether a microscope has so many µm per pixel; 72 to 600 dpi would be 353 to 42 µm."""
+    """Whether a microscope can have this; printers' 72 to 600 dpi would be 353 to 42 µm."""
     return 0.05 <= value <= 5
 
 
 def check_mpp(value, option="--mpp"):
-    """Raises ValueError that names the option where the value is implausible."""
+    """Raises ValueError that names the option if the value is implausible."""
     if not plausible_mpp(value):
         raise ValueError(f"{option}: {value:g} µm per pixel is implausible; "
                          "0.25 is 40x, 0.5 is 20x")
@@ -105,7 +105,7 @@ def to_unit(name):
 
 
 def header_mpp(image):
-    """(µm per pixel by the dots per inch in Pillow's header, who says so)."""
+    """(µm per pixel from the dots per inch in the header, name of this source)."""
     source = "PNG pHYs" if image.format == "PNG" else f"{image.format} resolution tags"
     x, y = image.info.get("dpi", (0, 0))
     square = 0.95 * y < x < 1.05 * y
@@ -113,7 +113,7 @@ def header_mpp(image):
 
 
 def pick_mpp(candidates, notes):
-    """The first plausible (µm per pixel, source), or (None, ""); adds to notes what differs."""
+    """The first plausible (µm per pixel, source), or (None, ""); adds contradictions to notes."""
     stated = [(mpp, source) for mpp, source in candidates if plausible_mpp(mpp)]
     if not stated:
         return None, ""
@@ -122,13 +122,14 @@ def pick_mpp(candidates, notes):
         if max(mpp, value) > 1.05 * min(mpp, value):
             notes.append(f"it states {mpp:.4g} µm per pixel in its {source} and {value:.4g} in "
                          f"its {other}: the first is used")
-    return mpp, source
+    return float(mpp), source  # Pillow gives a fraction for TIFF
 
 
 # ---------------------------------------------------------------- TIFF
 
 NOT_READ = {6: "old-style JPEG", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000",
-            34887: "LERC", 50001: "WebP", 50002: "JPEG XL"}
+            22610: "JPEG XR", 34934: "JPEG XR", 34887: "LERC", 34933: "PNG", 50001: "WebP",
+            50002: "JPEG XL"}
 SAMPLE_KINDS = {2: "signed integer", 3: "floating-point"}
 
 
@@ -141,7 +142,7 @@ class Page(NamedTuple):
     tags: ImageFileDirectory_v2  # {tag: value}
 
     def first(self, tag, default=1):
-        """A tag's number, of several the first."""
+        """The number of a tag, or the first of its numbers."""
         value = self.tags.get(tag, default)
         return value[0] if isinstance(value, tuple) else value
 
@@ -155,7 +156,7 @@ class Page(NamedTuple):
 
 
 def tiff_pages(path):
-    """All pages of a TIFF file, none of another. Pillow's images stop at a strange page."""
+    """All pages of a TIFF file, [] for other files. (Pillow stops at a page it cannot read.)"""
     pages, seen = [], set()
     with open(path, "rb") as file:
         start = file.read(8)
@@ -169,7 +170,7 @@ def tiff_pages(path):
         while offset and offset not in seen:
             seen.add(offset)
             tags = ImageFileDirectory_v2(start)
-            tags.next = 0  # and so it stays where the directory is cut short
+            tags.next = 0  # stays 0 if the directory is cut short
             file.seek(offset)
             tags.load(file)
             offset = tags.next
@@ -182,8 +183,8 @@ def tiff_pages(path):
 
 
 def main_pages(pages):
-    """The largest full-resolution page, and its equals; colour goes before grey."""
-    # neither a pyramid level or thumbnail (bit 0) nor a mask (bit 2), by their own word
+    """The largest full-resolution pages of one size; grey ones only if none has colour."""
+    # no pyramid level or thumbnail (bit 0) and no mask (bit 2), as the tag says
     full = [page for page in pages if not page.first(Tag.NewSubfileType, 0) & 5] or pages
     largest = max(full, key=lambda page: page.height * page.width)
     equals = [page for page in full if page[1:3] == largest[1:3]]
@@ -210,7 +211,7 @@ def check_page(page):
         raise Refused("uncompressed YCbCr with subsampling is not supported; save it as RGB")
 
 
-# What descriptions say: (pages that are the colours of one picture, µm per pixel), or any error.
+# Each reader returns (channels of a picture, µm per pixel); any error means that nothing is stated.
 
 
 def imagej_states(text, page):
@@ -244,7 +245,7 @@ DIALECTS = {"ImageJ": imagej_states, "OME": ome_states, "shape": tifffile_states
 
 
 def read_description(text, page):
-    """(source, channels, µm per pixel); where it is broken or unknown, of one channel."""
+    """(source, channels, µm per pixel); 1 channel and nan if it is unknown or broken."""
     for name, reader in DIALECTS.items():
         if name in text[:2000]:
             with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError):
@@ -256,7 +257,7 @@ def read_description(text, page):
 
 
 def lower_bytes(path, page):
-    """(H, W, 3 or 4) uint8: the half of 16-bit colours that Pillow drops, by a wrong byte order."""
+    """(H, W, 3 or 4) uint8: low bytes of 16-bit colours. A swapped order makes Pillow keep them."""
     with open_image(path, math.inf, page) as image:
         for i, tile in enumerate(image.tile):
             name, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
@@ -282,8 +283,8 @@ def decode(path, max_pixels, page=0):
 
 
 def to_8_bits(samples, notes):
-    """uint8 samples of uint16 ones, scaled by the bits that their colours use."""
-    # cameras of 10 to 14 bits are stored in 16
+    """Converts uint16 samples to uint8, scaled by the number of bits in use."""
+    # images of 10 to 14-bit cameras are stored with 16 bits
     largest = int(samples[..., :3].max())
     bits = min(n for n in (8, 10, 12, 14, 16) if largest < 2**n)
     if bits < 16:
@@ -293,7 +294,7 @@ def to_8_bits(samples, notes):
 
 
 def on_white(samples, notes):
-    """RGB pixels of uint8 samples; transparency falls on white."""
+    """RGB pixels of uint8 samples; transparent ones are laid on white."""
     if samples.shape[2] == 3:
         return np.ascontiguousarray(samples)
     if not samples[..., 3].any():
@@ -309,16 +310,16 @@ def on_white(samples, notes):
 
 def read_tiff(path, pages, max_pixels, notes):
     """(samples, orientation, [(µm per pixel, source)]) of a TIFF file; adds to the notes."""
-    # the page to read, and what the file says of it
+    # choose the page, and read the description of the file
     equals = main_pages(pages)
     page = equals[(len(equals) - 1) // 2]
-    for checked in (pages[0], *equals):  # Pillow opens none where the first is strange
+    for checked in (pages[0], *equals):  # Pillow opens no page if it cannot read the first
         check_page(checked)
     description = str(pages[0].tags.get(Tag.ImageDescription))
     source, channels, mpp = read_description(description, page)
     samples, orientation, stated = decode(path, max_pixels, page.number)
 
-    # several pages of one size: three colours, which are joined, or depths or times
+    # several pages of one size: three colours, which are joined, or a focus stack or time series
     if page.is_grey and max(len(equals), channels) > 1:
         if not len(equals) == channels == 3:
             raise Refused(f"{len(equals)} grey pages of one size, {channels} channels by its "
@@ -330,7 +331,7 @@ def read_tiff(path, pages, max_pixels, notes):
         notes.append(f"{len(equals)} pages of one size, a focus stack or time series: the middle "
                      f"one, page {page.number + 1}, was read")
 
-    # pages that were not looked at
+    # name the pages that were not read
     others = [str(other) for other in pages if other[1:3] != page[1:3]]
     if others:
         notes.append(f"{page} was read, the largest at full resolution; "
@@ -339,10 +340,10 @@ def read_tiff(path, pages, max_pixels, notes):
 
 
 def colour_notes(pixels):
-    """Sentences on what is unlike H&E in RGB pixels."""
-    # thresholds: ours, such that of 898 images of ten sets only one of bare glass is named
+    """Sentences on how RGB pixels differ from H&E."""
+    # thresholds: ours; of 898 images of ten sets they name only one, which shows bare glass
 
-    # about 512x512 pixels of it, their optical density, and what of them is tissue
+    # sample about 512x512 pixels; those with a high optical density are tissue
     height, width = pixels.shape[:2]
     sample = pixels[::max(1, height // 512), ::max(1, width // 512)].reshape(-1, 3)
     low, median, high = np.percentile(sample.mean(1), (0.5, 50, 99.5))
@@ -356,7 +357,7 @@ def colour_notes(pixels):
     if median < 20:
         return ["most of it is black; expected H&E on a bright background"]
 
-    # colour: how density divides among red, green and blue
+    # colour: the shares of red, green and blue in the optical density
     if np.percentile(np.ptp(sample[tissue], axis=1), 99) < 8:
         return ["it is grey; expected the colours of H&E"]
     red, green, blue = density[tissue].sum(0) / density[tissue].sum()
@@ -367,7 +368,7 @@ def colour_notes(pixels):
 
 
 def read_image(path, max_pixels=MAX_PIXELS):
-    """What an image file holds and states, see `ImageFile`; colour profiles are ignored.
+    """Reads an image file, see `ImageFile`; colour profiles are ignored.
 
     Raises: FileNotFoundError, ValueError; one sentence that begins with the path.
     """
@@ -386,7 +387,7 @@ def read_image(path, max_pixels=MAX_PIXELS):
 
 
 def image_size(path):
-    """(height, width) of what `read_image` reads, before EXIF turns it; decodes nothing."""
+    """(height, width) of the image, before EXIF turns it; decodes nothing."""
     with explain_errors(path, "image", ADVICE):
         if pages := tiff_pages(path):
             return main_pages(pages)[0][1:3]
@@ -395,20 +396,20 @@ def image_size(path):
 
 
 def resample(pixels, shape):
-    """(h, w, 3) uint8 of RGB pixels, bicubic; both cover the same field, so nothing shifts."""
+    """(h, w, 3) uint8 of RGB pixels, bicubic; both cover the same area, so nothing shifts."""
     height, width = shape
     return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def list_images(folder, suffixes=()):
-    """(sorted paths of the images, a sentence on what is skipped or ""); suffixes: taken, too."""
+    """(sorted paths of the images, a sentence on skipped files or ""); suffixes: also accepted."""
     wanted = IMAGE_SUFFIXES + tuple(suffixes)
     with explain_errors(folder, "folder", "give a folder of images"):
         entries = sorted(Path(folder).iterdir())
     paths, folders, strangers = [], [], []
     for path in entries:
         suffix = path.suffix.lower()
-        if path.name.startswith("."):  # the system's
+        if path.name.startswith("."):  # hidden
             continue
         if path.is_dir():
             folders.append(path.name)

@@ -6,10 +6,10 @@
     nuclei = predict(model, image)           # (H, W, 3) uint8: array, memmap, anything sliced
     nuclei.inst_map, nuclei.centroids, nuclei.classes
 
-Network and reconstruction run tile by tile, and a nucleus belongs to the tile whose core holds its
-peak. Nothing is blended, and memory use is bounded by the tile. Where processes have RANK and
-WORLD_SIZE (torchrun), they share the images of a folder and the tiles of a slide.
-Needs the modules that it imports beside it.
+Network and reconstruction run tile by tile. A tile is a core with a margin around it, the halo. A
+nucleus belongs to the tile whose core holds its peak; maps of tiles are not blended. The network
+needs memory for a batch of tiles only. Under torchrun (RANK and WORLD_SIZE), processes share the
+images of a folder and the tiles of a slide. Needs the modules that it imports beside it.
 """
 
 import argparse
@@ -33,17 +33,18 @@ from convert import load_any_model
 from dualunet import class_colors
 from images import MAX_PIXELS, check_mpp
 from outputs import FORMATS, Result, summary_row, write_outputs, write_summary
-from pictures import LARGE, Picture, array_level, is_large, measure_again, moved, open_picture
+from pictures import (LARGE, Picture, array_level, differ, is_large, measure_again, moved,
+                      open_picture)
 from postprocess import Nuclei, reconstruct, select
 from runs import (Estimate, Journal, closing_lines, explain, find_images, keep_memory, leave_note,
-                  memory_of, note_of, opening_line, pick_device, pick_precision, say,
+                  memory_of, names_in, note_of, opening_line, pick_device, pick_precision, say,
                   show_progress, start_pool, wait_for_notes)
 from slides import WRITERS, Tiles, load_nuclei, save_nuclei, writing_alone
 
-STRIDE = 32  # the encoders' total stride: windows that start on it are cut into the same cells
-HALO = 128  # ours: 99.9 % of nuclei as from one pass over the whole image; 64 px give 99 %
+STRIDE = 32  # the encoders' total stride; tiles start at multiples of it, so all have one grid
+HALO = 128  # ours: 99.9 % of nuclei are as without tiles; with 64 px 99 %
 TILES = (2048, 1024, 512, 256)  # ours: with halo 128 they read 1.27, 1.56, 2.25, 4 times the area
-WINDOW_BYTES = 700  # measured: what a pixel of a window takes, at most (ConvNeXt-B in fp32)
+WINDOW_BYTES = 700  # measured: the most that a pixel of a window takes (ConvNeXt-B in fp32)
 CHECKPOINT = Path(__file__).parent / "weights" / "consep.pt"
 
 
@@ -51,7 +52,7 @@ CHECKPOINT = Path(__file__).parent / "weights" / "consep.pt"
 
 
 def check_tiling(tile, halo, batch):
-    """Raises ValueError where no such grid can be laid."""
+    """Raises ValueError if no grid of tiles has these sizes."""
     if tile <= 0 or halo < 0 or tile % STRIDE or halo % STRIDE:
         raise ValueError(f"tile is {tile} and halo {halo}; expected multiples of {STRIDE}, "
                          f"the tile at least {STRIDE}")
@@ -65,10 +66,10 @@ def round_up(side):
 
 
 def pick_tile(shape, device, halo=HALO, batch=1):
-    """The tile's side: the largest of TILES whose windows take half the memory at most.
+    """The tile's side: the largest of TILES whose windows take at most half of the memory.
 
-    The image's longer side is then cut into equal parts of that size or less: windows of one size
-    share batches, and a small image is one tile.
+    The image's longer side is then divided into equal parts of at most that size, because only
+    windows of one size can share a batch. A small image is one tile.
     """
     allowed = memory_of(device) / 2
     largest = TILES[-1]
@@ -82,7 +83,7 @@ def pick_tile(shape, device, halo=HALO, batch=1):
 
 
 def tile_cores(height, width, tile):
-    """Cores (y0, x0, y1, x1) in scan order, the last ending at the sides rounded up to STRIDE."""
+    """Cores (y0, x0, y1, x1) in scan order; the image's sides are rounded up to STRIDE."""
     bottom, right = round_up(height), round_up(width)
     cores = []
     for y0 in range(0, height, tile):
@@ -91,6 +92,15 @@ def tile_cores(height, width, tile):
             x1 = min(x0 + tile, right)
             cores.append((y0, x0, y1, x1))
     return cores
+
+
+def sides_of(model, tile=None, halo=None):
+    """(tile, halo): as given, else as the model's file says, else None and HALO."""
+    if tile is None:
+        tile = model.config.get("tile")
+    if halo is None:
+        halo = model.config.get("halo")
+    return tile, HALO if halo is None else halo
 
 
 def lay_tiles(model, picture, tile, halo, batch):
@@ -102,14 +112,14 @@ def lay_tiles(model, picture, tile, halo, batch):
 
 
 def reflect(start, stop, size):
-    """Indices start..stop-1 of a line 0..size-1 that goes on by reflection, however often."""
+    """Indices start..stop-1 of a line of `size` pixels, reflected at its ends again and again."""
     period = max(2 * (size - 1), 1)
     index = np.arange(start, stop) % period
     return np.minimum(index, period - index)
 
 
 def read_window(image, y0, x0, y1, x1):
-    """(h, w, 3) uint8 of the reflected image; only the part that it shows is read."""
+    """A window (h, w, 3) uint8, reflected outside the image; only the needed part is read."""
     rows = reflect(y0, y1, image.shape[0])
     columns = reflect(x0, x1, image.shape[1])
     top, bottom = int(rows.min()), int(rows.max()) + 1
@@ -117,13 +127,13 @@ def read_window(image, y0, x0, y1, x1):
     pixels = np.asarray(image[top:bottom, left:right])
     if pixels.dtype != np.uint8:
         raise ValueError(f"image holds {pixels.dtype}; expected uint8 RGB, 0 to 255")
-    return pixels.take(rows - top, axis=0).take(columns - left, axis=1)  # indexing is slower
+    return pixels.take(rows - top, axis=0).take(columns - left, axis=1)  # faster than indexing
 
 
 def predict_maps(model, images, *, dtype=None, flips=False):
-    """The network's answer to a batch.
+    """Class probabilities and density of a batch of images.
 
-    images: (N, H, W, 3) uint8. dtype: None or the half precision to use. flips: mean of four views.
+    images: (N, H, W, 3) uint8. dtype: None or a half precision. flips: mean over four mirrorings.
     Returns class_probability (N, K+1, H, W) and density (N, H, W), float32.
     """
     device = next(model.parameters()).device
@@ -144,8 +154,8 @@ def predict_maps(model, images, *, dtype=None, flips=False):
 
 
 def nuclei_of_core(core, halo, shape, class_probability, density, options):
-    """(origin, nuclei): those whose peak lies in the core, from the maps of core and halo."""
-    # Mirrored pixels served the network; a mirrored nucleus must not win a peak.
+    """(origin, nuclei) of a tile, from its maps: the nuclei whose peak lies in its core."""
+    # Cut off the reflected margin: the network needed it, but its nuclei are mirror images.
     y0, x0, y1, x1 = core
     top, left = y0 - halo, x0 - halo  # of the maps, in the picture
     origin = max(top, 0), max(left, 0)
@@ -154,14 +164,14 @@ def nuclei_of_core(core, halo, shape, class_probability, density, options):
     class_probability = class_probability[:, rows, columns]
     nuclei = reconstruct(class_probability, density[rows, columns], **options)
 
-    # The others belong to other tiles.
+    # Keep the nuclei of this core; the others belong to other tiles.
     y, x = (nuclei.peaks + origin).T
     inside = (y0 <= y) & (y < y1) & (x0 <= x) & (x < x1)
     return origin, select(nuclei, inside)
 
 
 def results_in_order(submit, items, depth):
-    """Yields the results of the futures submit(item) in order, while `depth` more are under way."""
+    """Yields the results of the futures submit(item) in order, while `depth` more are running."""
     waiting = deque()
     for item in items:
         waiting.append(submit(item))
@@ -186,11 +196,11 @@ def predict_tiles(model, picture, cores, *, halo=HALO, batch=1, dtype=None, flip
                   **options):
     """Yields (origin, nuclei) of every core; the arguments are those of `predict`.
 
-    Label map and coordinates of the nuclei begin at origin (y, x), in the picture's own pixels.
+    Label map and coordinates count from the origin (y, x), in the picture's own pixels.
     """
     options = model.config.get("reconstruct", {}) | options
 
-    # Windows are read, then the network makes maps of them, a batch at a time.
+    # Read windows, and let the network make maps of them, a batch at a time.
     def read(chunk):
         windows = []
         for y0, x0, y1, x1 in chunk:
@@ -205,7 +215,7 @@ def predict_tiles(model, picture, cores, *, halo=HALO, batch=1, dtype=None, flip
                 for core, class_probability, density in zip(chunk, *both):
                     yield core, halo, picture.shape, class_probability, density, options
 
-    # Maps become nuclei, here or in the pool's processes.
+    # Reconstruct nuclei from the maps, here or in the pool's processes.
     def reconstruct_in_pool(job):
         return pool.submit(nuclei_of_core, *job)
 
@@ -223,8 +233,8 @@ def predict_tiles(model, picture, cores, *, halo=HALO, batch=1, dtype=None, flip
 def give_way(nuclei, taken):
     """The nuclei without the pixels `taken` (h, w) bool, measured again.
 
-    A nucleus keeps the largest piece that is left. If that is less than half, it is dropped: then
-    it is a nucleus of the other tile once more, its peak seen in two cores.
+    A nucleus keeps its largest remaining piece. If that is half of it or less, it is dropped: then
+    both tiles have found the same nucleus, each with a peak in its own core.
     """
     lost = np.unique(nuclei.inst_map[taken])
     lost = lost[lost > 0]
@@ -251,15 +261,15 @@ def without_overlap(tiles):
     """Yields tiles (origin, nuclei), given in scan order, so that no pixel is in two nuclei.
 
     The maps of neighbouring tiles differ a little, so nuclei at their border may claim the same
-    pixels. The one rule: the earlier tile keeps them, and the later one's nuclei give way.
+    pixels. The earlier tile keeps them, and the nuclei of the later tile lose them.
     """
-    earlier = []  # (start, stop, packed mask) of the tiles that later ones may overlap
+    earlier = []  # (start, stop, packed mask) of tiles that later tiles may overlap
     for origin, nuclei in tiles:
         start = np.array(origin)
         stop = start + nuclei.inst_map.shape
         earlier = [tile for tile in earlier if tile[1][0] > start[0]]
 
-        # Mark what they have taken.
+        # Mark the pixels that earlier tiles hold.
         taken = np.zeros(nuclei.inst_map.shape, bool)
         for other_start, other_stop, packed in earlier:
             top_left = np.maximum(start, other_start)
@@ -271,25 +281,31 @@ def without_overlap(tiles):
                 taken[window(top_left - start, bottom_right - start)] |= mask
 
         nuclei = give_way(nuclei, taken)
-        packed = np.packbits(nuclei.inst_map > 0, axis=1)  # an eighth of the memory
+        packed = np.packbits(nuclei.inst_map > 0, axis=1)  # one bit a pixel
         earlier.append((start, stop, packed))
         yield origin, nuclei
 
 
-def predict(model, image, *, mpp=None, tile=None, halo=HALO, batch=1, dtype=None, flips=False,
+def predict(model, image, *, mpp=None, tile=None, halo=None, batch=1, dtype=None, flips=False,
             pool=None, progress=None, **options):
     """All nuclei of an image of any size, ids in the scan order of the peaks.
 
     image: anything with `.shape` (H, W, 3) and `image[y0:y1, x0:x1]` -> uint8 RGB.
     mpp: its µm per pixel (None: the model's). If it differs from the model's by 5 % or more, the
-    network sees the image resampled; the nuclei are in the image's own pixels all the same.
-    tile, halo: side of a tile's core (None: see `pick_tile`) and the margin read around it,
-    multiples of 32. batch: tiles that the network takes at once.
-    dtype: None, or half precision by autocast. flips: the mean over four mirrorings of every tile:
-    more accurate, four times the time. pool: an executor that reconstructs while a GPU computes.
-    progress: called with the tiles done and their number. options: those of `reconstruct`.
-    Raises: ValueError for a grid or a shape that does not fit.
+    network sees a resampled image; the nuclei are still in the image's own pixels.
+    tile, halo: side of a tile's core and width of the margin around it, multiples of 32 (None: as
+    the model's file says, else see `pick_tile` and HALO).
+    batch: number of tiles that the network takes at once.
+    dtype: None, or a half precision for autocast. flips: the mean over four mirrorings of every
+    tile, more accurate in four times the time. pool: an executor that reconstructs while the GPU
+    computes. progress: called with the number of finished tiles and of all tiles. options: those
+    of `reconstruct`. Raises: ValueError for a grid or a shape that does not fit.
     """
+    if not hasattr(image, "shape"):
+        raise ValueError(f"image is a {type(image).__name__}; expected an array (height, width, 3),"
+                         " such as images.read_image(path).pixels")
+    if mpp is not None:
+        check_mpp(mpp, "mpp")
     if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image has shape {tuple(image.shape)}; expected (height, width, 3)")
     if model.training:
@@ -298,11 +314,12 @@ def predict(model, image, *, mpp=None, tile=None, halo=HALO, batch=1, dtype=None
     if not isinstance(image, Picture):
         picture = Picture([array_level(image)], mpp=mpp)
         picture.resample_to(model.config.get("mpp"))
+    tile, halo = sides_of(model, tile, halo)
     cores = lay_tiles(model, picture, tile, halo, batch)
     tiles = predict_tiles(model, picture, cores, halo=halo, batch=batch, dtype=dtype, flips=flips,
                           pool=pool, **options)
 
-    # Collect the tiles in one label map and one table.
+    # Collect the nuclei of all tiles in one label map and one table.
     inst_map = np.zeros(picture.full, np.int32)
     found, count = [], 0
     for done, (origin, nuclei) in enumerate(without_overlap(tiles), 1):
@@ -332,47 +349,49 @@ def parse_arguments(argv):
     option("images", nargs="*", help="image files, slides, or folders of them")
     option("--out", default="predictions", type=Path, help="where to write (default: predictions)")
     option("--checkpoint", default=CHECKPOINT, help="file (default: weights/consep.pt)")
-    option("--mpp", type=float, help="µm per pixel of the images, 0.25 at 40x, 0.5 at 20x; the "
-           "network sees them at the checkpoint's (default: what a file states, else that)")
+    option("--mpp", type=float, help="µm per pixel of the images: 0.25 at 40x, 0.5 at 20x "
+           "(default: as the file states, else as the checkpoint)")
     option("--formats", nargs="+", choices=FORMATS, default=["overlay", "geojson", "csv", "tif"],
-           help="files to write (default: all but npy, the label map too, and json, HoVer-Net's); "
-           f"pictures above {LARGE // 10**6} megapixels have neither tif nor json")
+           help="files to write; npy is the label map for numpy, json is HoVer-Net's format; "
+           f"images above {LARGE // 10**6} megapixels get no tif and no json (default: overlay "
+           "geojson csv tif)")
     option("--keep", nargs="+", metavar="CLASS", help="classes to write (default: all)")
-    option("--overwrite", action="store_true", help="replace outputs of other settings or images")
-    option("--classes", help="names of the classes, with commas, where the checkpoint has none")
+    option("--overwrite", action="store_true", help="replace existing outputs")
+    option("--classes", help="names for the checkpoint's classes, with commas between")
     option("--flips", action="store_true",
            help="mean over four mirrorings: more accurate, four times the time")
-    option("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the fastest here)")
+    option("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: a GPU, if any)")
     option("--precision", default="auto", choices=("auto", "bf16", "fp32"),
-           help="of the network's body (default: bf16 where the processor computes in it)")
-    option("--tile", type=int, help="side of a tile's core, a multiple of 32 (default: as large as "
-           f"image and memory allow, {TILES[0]} at most)")
-    option("--halo", type=int, default=HALO, help="margin read around a core, a multiple of 32: at "
-           f"{HALO} the grid changes 0.1 %% of the nuclei, at 64 about 1 %% (default: {HALO})")
-    option("--batch", type=int, default=1, help="tiles at once; memory grows with it (default: 1)")
-    option("--workers", type=int, help="processes that reconstruct beside the network (default: "
-           "one a core up to 8 for a GPU, else none: the network has all cores)")
-    option("--compile", action="store_true", help="torch.compile; a minute, needs a C++ compiler")
+           help="precision of the network except its heads (default: bf16 if the processor has it)")
+    option("--tile", type=int, help="side of a tile without margin, a multiple of 32 (default: "
+           f"the checkpoint's, else as large as image and memory allow, at most {TILES[0]})")
+    option("--halo", type=int, help="margin around a tile, a multiple of 32 (default: the "
+           f"checkpoint's, else {HALO})")
+    option("--batch", type=int, default=1, help="tiles computed at once; more need more memory "
+           "(default: 1)")
+    option("--workers", type=int, help="processes that turn maps into nuclei while the network "
+           "computes (default: with a GPU one per core, at most 8; else none)")
+    option("--compile", action="store_true", help="use torch.compile: takes a minute "
+           "and needs a C++ compiler")
     option("--max-pixels", type=int, default=MAX_PIXELS,
-           help=f"refuse larger image files undecoded (default: {MAX_PIXELS})")
+           help=f"refuse image files of more pixels (default: {MAX_PIXELS})")
     option("--export", nargs="?", const="", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def prepare(args):
-    """The model on its device. Raises: ValueError, OSError for a call that makes no sense."""
+    """Loads the model onto its device. Raises: ValueError, OSError for a wrong call."""
     if args.export is not None:
         raise ValueError("--export is gone; run python convert.py theirs.pth ours.pt")
     if not args.images:
         raise ValueError("no image named; expected python infer.py image.png")
-    check_tiling(STRIDE if args.tile is None else args.tile, args.halo, args.batch)
     if args.mpp is not None:
         check_mpp(args.mpp)
 
-    # The model, and what its classes are called.
+    # The model, and the names of its classes.
     model = load_any_model(args.checkpoint, pick_device(args.device))
     if args.classes:
-        names = args.classes.split(",")
+        names = names_in(args.classes)
         if len(names) != model.config["num_classes"]:
             raise ValueError(f"--classes has {len(names)} names; {args.checkpoint} has "
                              f"{model.config['num_classes']} classes")
@@ -386,11 +405,11 @@ def prepare(args):
 
 @dataclass
 class Work:
-    """What is the same for all images of a call."""
+    """The settings that all images of a call share."""
 
     model: torch.nn.Module
     tile: int | None
-    options: dict  # the others of `predict`
+    options: dict  # further arguments of `predict`
     formats: list
     keep: list | None  # names of classes
     mpp: float | None
@@ -398,13 +417,16 @@ class Work:
     journal: Journal
 
     def do(self, path, stem, share, progress):
-        """Finds and writes the nuclei of an image, or of the `share` (a slice) of its tiles."""
+        """Finds and writes the nuclei of an image; of a large one only the tiles in `share`."""
         # The picture at the model's resolution.
         start, wanted = time.perf_counter(), self.model.config["mpp"]
         picture = open_picture(path, self.max_pixels)
         for note in picture.notes:
             say("warning", path, note)
         if self.mpp is not None:
+            if differ(picture.mpp, self.mpp):
+                say("warning", path, f"it states {picture.mpp:.3g} µm per pixel "
+                    f"({picture.source}), but --mpp {self.mpp:g} is used")
             picture.mpp, picture.source = self.mpp, "--mpp"
         elif picture.mpp is None:
             picture.mpp, picture.source = wanted, "assumed"
@@ -421,28 +443,28 @@ class Work:
         self.write(path, stem, result, self.formats, FORMATS, picture, start)
 
     def do_large(self, path, stem, picture, start, share, progress):
-        """As `do`, but tiles wait on disk; the process that finishes the last one writes."""
+        """Like `do`, but tiles wait on disk; the process that ends the last one writes all."""
         formats = [name for name in self.formats if name in WRITERS]
         left_out = [FORMATS[name][0] for name in self.formats if name not in WRITERS]
         if not formats:
             raise ValueError(f"{path}: {' and '.join(left_out)} would not fit into memory; "
                              f"add one of {', '.join(WRITERS)} to --formats")
 
-        # The tiles, and a folder for them: of this file under these settings, and no other.
+        # Lay the tiles, and open a folder that only this file with these settings uses.
         halo, batch = self.options["halo"], self.options["batch"]
         cores = lay_tiles(self.model, picture, self.tile, halo, batch)
         cores = [core for core in cores if picture.has_tissue(core)]
         folder = self.journal.open_folder(path, stem, cores)
         files = {core: folder / f"{core[0]}_{core[1]}.npz" for core in cores}
 
-        # Those of this process that are missing.
+        # Compute the missing tiles of this process.
         mine = [core for core in cores[share] if not files[core].exists()]
         tiles = predict_tiles(self.model, picture, mine, **self.options)
         for done, (core, (origin, nuclei)) in enumerate(zip(mine, tiles), 1):
             save_nuclei(files[core], origin, nuclei)
             progress(done, len(mine))
 
-        # The result, once all are there.
+        # Write the result once all tiles are there.
         with writing_alone(folder, files.values()) as alone:
             if not alone:
                 return
@@ -472,20 +494,23 @@ class Work:
         if cores is not None and picture.mpp:
             mm2 = picture.pixels_in(cores) * picture.mpp**2 / 1e6
         row = summary_row(result, seconds=time.perf_counter() - start, mm2=mm2)
+        if self.keep is not None:  # others were not written, which is not 0
+            for name in set(result.class_names) - set(self.keep):
+                del row[name]
         outputs = [stem + writers[name][0] for name in formats]
         self.journal.add(path, stem, outputs=outputs, row=row, counts=result.counts(),
                          mpp_source=picture.source)
 
 
 def do_all(work, images, done, rank, ranks):
-    """Does this process's images; returns what the outputs of those that failed begin with."""
+    """Processes this process's images; returns the output stems of those that failed."""
     failed, estimate = set(), Estimate(images)
     for number, (path, stem) in enumerate(images.items()):
-        # A process has its own images, and its share of the tiles of every large one.
+        # A process has its own images, and its share of the tiles of every large image.
         share = slice(None)
         if ranks > 1 and is_large(path):
             share = slice(rank, None, ranks)
-            done = work.journal.done()  # another process may have done it meanwhile
+            done = work.journal.done()  # another process may have finished it
         elif number % ranks != rank:
             estimate.leave_out(path)
             continue
@@ -502,17 +527,26 @@ def do_all(work, images, done, rank, ranks):
     return failed
 
 
+def write_rows(journal):
+    """Writes summary.csv: the rows of all images that are done."""
+    rows = [entry["row"] for entry in journal.done().values()]
+    if rows:
+        write_summary(journal.folder / "summary.csv", rows)
+
+
 def run(args, rank, ranks):
-    """Does all that is asked for, or this process's share; returns the exit code."""
-    # Everything that a wrong call can name.
+    """Runs the command, or this process's share of it; returns the exit code."""
+    # Open everything first, so that a wrong call fails here.
     try:
         model = prepare(args)
         config, device = model.config, next(model.parameters()).device
+        tile, halo = sides_of(model, args.tile, args.halo)
+        check_tiling(STRIDE if tile is None else tile, halo, args.batch)
         images, skipped = find_images(args.images, args.out)
         dtype = pick_precision(device, args.precision)
         settings = {
             "checkpoint": zlib.crc32(Path(args.checkpoint).read_bytes()), "mpp": args.mpp,
-            "classes": config["class_names"], "tile": args.tile, "halo": args.halo,
+            "classes": config["class_names"], "tile": tile, "halo": halo,
             "precision": str(dtype), "flips": args.flips, "formats": args.formats,
             "keep": args.keep}
         journal = Journal(args.out, settings, args.overwrite)
@@ -529,8 +563,8 @@ def run(args, rank, ranks):
     fused = model.fuse(dtype)
     fused = torch.compile(fused) if args.compile else fused
     pool = start_pool(args.workers, device)
-    options = {"halo": args.halo, "batch": args.batch, "flips": args.flips, "pool": pool}
-    work = Work(fused, args.tile, options, args.formats, args.keep, args.mpp, args.max_pixels,
+    options = {"halo": halo, "batch": args.batch, "flips": args.flips, "pool": pool}
+    work = Work(fused, tile, options, args.formats, args.keep, args.mpp, args.max_pixels,
                 journal)
     start = time.perf_counter()
     try:
@@ -538,16 +572,17 @@ def run(args, rank, ranks):
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
+        if not rank:
+            write_rows(journal)  # of an interrupted run, too
     if rank:
         leave_note(args.out, rank, failed)
         return 0
 
-    # What came of it, said by the first process for all.
+    # The first process reports for all.
     failed |= wait_for_notes(args.out, ranks)
     done = journal.done()
     entries = [done[stem] for stem in images.values() if stem in done and stem not in failed]
-    if done:
-        write_summary(args.out / "summary.csv", [entry["row"] for entry in done.values()])
+    write_rows(journal)
     new = [entry for entry in entries if entry != before.get(entry["image"])]
     old = [entry for entry in entries if entry == before.get(entry["image"])]
     lines = closing_lines(new, old, failed, config, time.perf_counter() - start, args.out)
@@ -556,12 +591,15 @@ def run(args, rank, ranks):
 
 
 def main(argv=None):
-    """Runs the command; returns 0, 1 when an image failed, or 2 when the call makes no sense."""
+    """Runs the command; returns 0, 1 if an image failed, 2 for a wrong call, 130 if stopped."""
     args = parse_arguments(argv)
     keep_memory()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         return run(args, rank, ranks)
+    except OSError as error:  # a spreadsheet may hold summary.csv, or the disk is full
+        print(f"error: {explain(error, args.out)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         show_progress("")
         print(f"stopped: what is done is kept in {args.out}; the same command goes on from there",

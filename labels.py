@@ -1,9 +1,9 @@
-"""Labels: which pixel belongs to which nucleus, and which class a nucleus has, from files.
+"""Reads label files: which pixel belongs to which nucleus, and the class of each nucleus.
 
     inst_map, ids, classes = read_labels("labels/tile.geojson", (1000, 1000))
     class_ids = match_classes("labels/tile.geojson", ids, classes, {"tumour": 1, "0": 255})
 
-What is not an instance map is refused in a sentence: masks, class maps, colours. Arrays are (y, x).
+Masks, class maps and colours are no instance maps; they are refused. Arrays are (y, x).
 Needs numpy, scipy, pillow and images.py.
 """
 
@@ -28,19 +28,19 @@ LAYOUTS = ("expected images/ beside labels/ (rename folders such as Images/ or m
            "of many tiles as an image and a label each), CoNSeP's Images/ beside Labels/*.mat, or "
            f"PanNuke's Fold 1/ to Fold 3/. {CONVERT}")
 SMALLEST_PIECE = 10  # ours: pixels; real instance maps have smaller specks under many ids
-COMPARABLE = 0.1  # ours: smaller parts of the largest piece count as specks too
+COMPARABLE = 0.1  # ours: pieces below this share of the largest are specks too
 MOST_PIECES = 3  # ours: no id of 937 real instance maps has more than 2 comparable pieces
-BEYOND_ONE = 0.15  # ours: surplus pieces an id; 0.06 at most in real maps of more than 20 ids
-REGION = 100  # ours: times the median feature, by its box; at most 21 in the real maps
+BEYOND_ONE = 0.15  # ours: extra pieces per id; real maps of more than 20 ids have at most 0.06
+REGION = 100  # ours: a region has this many times the median box area; real maps reach 21
 
 
 # ---------------------------------------------------------------- finding files
 
 
 def find_files(images, labels):
-    """[(image, labels of its name)] of two folders, and a sentence on what is skipped or "".
+    """[(image, label files of its name)] of two folders, and a sentence on skipped files or "".
 
-    The list of labels holds one path if all is well.
+    The list of label files normally holds one path.
     """
     by_stem = {}
     for path in sorted(labels.iterdir()):
@@ -55,24 +55,27 @@ def find_files(images, labels):
 
 
 def only_label(image, own, folder):
-    """The label of an image. Raises: ValueError where there is none, or not only one."""
+    """The label of an image. Raises: ValueError if there is none, or more than one."""
     if len(own) == 1:
         return own[0]
-    # what is there: files whose name goes on after the image's, else any
+    # name some files: those whose name begins with the image's, else any
     names = sorted(path.name for path in folder.iterdir())
     starts = tuple(image.stem + mark for mark in "._-")
     near = [name for name in names if name.startswith(starts)]
     found = ", ".join((near or names)[:3])
+    advice = f"rename or convert it ({CONVERT})"
+    if not near and any(name.endswith(LABEL_SUFFIXES) for name in names):
+        advice = "add its label, or take the image out"  # the other labels are all right
     suffixes = ", ".join(LABEL_SUFFIXES)
     raise ValueError(f"{image}: expected one label for it alone, {folder / image.stem} with one "
-                     f"of {suffixes}; found {found or 'nothing'}: rename or convert it ({CONVERT})")
+                     f"of {suffixes}; found {found or 'nothing'}: {advice}")
 
 
 # ---------------------------------------------------------------- reading files
 
 
 def read_names(path):
-    """{number or id: name} from a JSON file that holds such an object, or a list of names.
+    """{number or id: name} from a JSON file with such an object or with a list of names.
 
     A name of null becomes "".
     """
@@ -87,7 +90,7 @@ def read_names(path):
 def read_arrays(path):
     """{name: array} of the arrays in a label file that is not GeoJSON.
 
-    A few damaged .mat files crash scipy's reader: that is a fault of scipy.
+    A few damaged .mat files crash scipy's reader. That is a fault of scipy.
     """
     suffix = path.suffix.lower()
     advice = ("save it as .npy, .npz, .png, as TIFF of 8, 16 or 32 bits (no big-endian BigTIFF), "
@@ -124,7 +127,7 @@ def whole_numbers(path, array):
 
 
 def number_ids(inst_map):
-    """The map int32 with ids from 1 without gaps, and the ids that it had, in ascending order."""
+    """The map int32 with ids from 1 without gaps, and its former ids in ascending order."""
     with_zero = np.append(0, inst_map)
     ids, index = np.unique(with_zero, return_inverse=True)
     index = index[1:].reshape(inst_map.shape)
@@ -148,7 +151,7 @@ def count_pieces(inst_map):
 
 
 def check_instances(path, inst_map, ids, binary):
-    """Raises ValueError where a map holds a mask or classes instead of one id a nucleus.
+    """Raises ValueError if a map is a mask or holds classes instead of one id a nucleus.
 
     inst_map, ids: from `number_ids`. binary: the file holds a boolean or a 0/255 image.
     """
@@ -185,7 +188,7 @@ def feature_class(feature):
 
 
 def feature_rings(feature):
-    """The rings of a feature, (M, 2) float (x, y) each. Of a QuPath cell they are its nucleus's."""
+    """The rings of a feature, (M, 2) float (x, y) each. A QuPath cell gives its nucleus."""
     geometry = feature.get("nucleusGeometry") or feature["geometry"]
     polygons = geometry["coordinates"]
     if geometry["type"] == "Polygon":
@@ -204,7 +207,9 @@ def read_features(path):
     result = []
     with explain_errors(path, "GeoJSON file", "export a FeatureCollection from QuPath"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        for feature in content["features"]:
+        if isinstance(content, dict):  # QuPath also writes a plain list, or one feature alone
+            content = content.get("features", [content])
+        for feature in content:
             rings = feature_rings(feature)
             if not rings:
                 raise ValueError("a feature has no coordinates")
@@ -215,8 +220,9 @@ def read_features(path):
 def fill_rings(inst_map, rings, value):
     """Writes `value` where a pixel's centre lies inside the rings, by the even-odd rule.
 
-    The line through a row's centres crosses edges; each crossing turns all to its right inside
-    out. Rings along pixel edges give exactly the pixels they enclose.
+    A line through the centres of a row of pixels crosses edges of the rings. Each crossing
+    switches the pixels to its right between outside and inside. Rings along pixel edges give
+    exactly the pixels that they enclose.
     """
     # edges from every corner to the next
     start = np.concatenate(rings)  # (E, 2) x, y
@@ -228,7 +234,7 @@ def fill_rings(inst_map, rings, value):
     right, bottom = np.ceil(start.max(axis=0)).clip(0, (width, height)).astype(int)
     window = inst_map[top:bottom, left:right]
 
-    # which edges cross the line through the centres of which row
+    # find the edges that cross the line of each row
     centre = np.arange(top, bottom) + 0.5
     starts_above = start[:, 1:] <= centre  # (E, rows)
     ends_above = end[:, 1:] <= centre
@@ -242,7 +248,7 @@ def fill_rings(inst_map, rings, value):
     column = np.ceil(x - 0.5).astype(int)
     column = column.clip(left, right) - left
 
-    # inside after an odd number of crossings
+    # a pixel is inside after an odd number of crossings
     crossings = np.zeros((bottom - top, right - left + 1), np.int32)
     np.add.at(crossings, (row, column), 1)
     inside = crossings.cumsum(axis=1) % 2 == 1
@@ -250,7 +256,7 @@ def fill_rings(inst_map, rings, value):
 
 
 def check_boxes(path, boxes, shape):
-    """Refuses features outside the image, and regions; boxes: (N, 4) x0, y0, x1, y1 of each."""
+    """Raises ValueError for regions or features outside the image; boxes: (N, 4) x0, y0, x1, y1"""
     height, width = shape
     x0, y0, x1, y1 = boxes.T
     outside = (x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height)
@@ -304,7 +310,7 @@ def majority_types(path, inst_map, type_map):
 
 
 def array_classes(path, inst_map, ids, arrays):
-    """{id: number of its class} by the arrays beside the map, None where they do not tell."""
+    """{id: class number} from the arrays beside the map; None if they state no classes."""
     keys = arrays.get("id", ids)  # Lizard lists its ids, in any order
     values = arrays.get("inst_type", arrays.get("class"))
     if "type_map" in arrays:
@@ -321,11 +327,11 @@ def array_classes(path, inst_map, ids, arrays):
 
 
 def read_labels(path, shape):
-    """A label file's inst_map (H, W) int32 with ids from 1, its own ids (N,), {id: class} or None.
+    """Reads inst_map (H, W) int32 with ids from 1, the file's own ids (N,), {id: class} or None.
 
-    shape: (H, W) of the image. A class is a name or a number, "" or 0 where it is not known.
-    .npz and .mat hold `inst_map`, and perhaps `type_map` (H, W) or `inst_type` (N,) in the order of
-    the sorted ids, or Lizard's `id` and `class`. Raises: ValueError naming the file.
+    shape: (H, W) of the image. A class is a name or a number, "" or 0 if it is unknown. .npz and
+    .mat hold `inst_map`. For classes they may hold `type_map` (H, W), or `inst_type` (N,) in
+    ascending order of id, or Lizard's `id` and `class`. Raises: ValueError naming the file.
     """
     if path.suffix.lower() == ".geojson":
         labels, classes = read_geojson(path, shape)
@@ -333,7 +339,7 @@ def read_labels(path, shape):
         check_instances(path, inst_map, ids, binary=False)
         return inst_map, ids, classes
 
-    # the ids as they stand in the file
+    # the arrays of the file
     arrays = read_arrays(path)
     for name in {"inst_map", "type_map"} & arrays.keys():
         array = arrays[name]
@@ -353,8 +359,8 @@ def read_labels(path, shape):
 def match_classes(path, ids, classes, known):
     """(N,) int64 class ids of the nuclei `ids`.
 
-    classes: {id: name or number}; an id that is not in it is of class "0". known: {name or number,
-    as text: class id}, with "0".
+    classes: {id: name or number}; an id that is missing has class "0". known: {name or number, as
+    text: class id}, with "0".
     """
     # a class without pixels: the two files do not belong together
     strangers = set(classes) - set(ids.tolist())
@@ -392,7 +398,7 @@ def class_table(names):
 def folder_classes(root, files):
     """{name or number in a plain folder's files: class name}; files: from `find_files`.
 
-    From classes.json, else from the files of types and GeoJSON; else every nucleus is a "nucleus".
+    They come from classes.json, else from types/ and GeoJSON files; else the class is "nucleus".
     """
     if (root / "classes.json").exists():
         names = read_names(root / "classes.json")
@@ -400,7 +406,7 @@ def folder_classes(root, files):
     found = set()
     for image, own in files:
         types = root / "types" / f"{image.stem}.json"
-        with contextlib.suppress(ValueError):  # said when the image is read
+        with contextlib.suppress(ValueError):  # reported when the image is read
             if own and own[0].suffix.lower() == ".geojson":
                 found |= {name for _, name in read_features(own[0])}
             elif types.exists():
@@ -410,7 +416,7 @@ def folder_classes(root, files):
 
 
 def read_predictions(folder, name, class_names):
-    """What infer.py wrote of an image: inst_map (H, W) int32, and (N,) class ids 1..K by id."""
+    """Reads what infer.py wrote for an image: inst_map (H, W) int32, (N,) class ids 1..K by id."""
     # the label map
     path = Path(folder) / f"{name}_instances.tif"
     labels = whole_numbers(path, read_arrays(path)["inst_map"])

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 
-UNKNOWN_CLASS = 255  # of a true nucleus; it counts in all scores but those of classes
+UNKNOWN_CLASS = 255  # of a true nucleus; it counts in all scores except those of classes
 
 
 # --- two label maps, reduced to what every metric needs ------------------------------------------
@@ -76,7 +76,7 @@ def _nuclei(label_map):
 
 
 def _whole(values, name):
-    """An array of whole numbers from 0; a bool mask is refused, its nuclei are not told apart."""
+    """An array of whole numbers from 0; a bool mask is refused, because it has no ids."""
     values = np.asarray(values)
     whole = values.dtype.kind in "iu"
     if values.dtype.kind == "f":
@@ -119,7 +119,7 @@ def _mean(values, axis=None):
 
 
 def _cheapest_pairs(true, pred, cost, alone, counts):
-    """One-to-one pairs of least total cost out of candidates; a true nucleus alone costs `alone`.
+    """One-to-one pairs of least total cost; a true nucleus without partner costs `alone`.
 
     true, pred, cost: (C,) each, the candidates; counts: N, M. Returns the chosen true and pred.
     """
@@ -149,9 +149,9 @@ def dice(pair):
 def aji(pair, one_to_one=False):
     """Aggregated Jaccard index (Kumar 2017), Σ intersections / Σ unions; AJI+ if one_to_one.
 
-    AJI: each true nucleus takes the prediction of highest IoU (a tie: the lower id), which others
-    may take too. AJI+: pairs are one-to-one and have the largest sum of IoU. The areas of nuclei
-    left without a partner add to the unions. nan if both maps are empty, 0 if one is.
+    AJI: each true nucleus takes the prediction of highest IoU (if equal, the lower id). Others may
+    take the same one. AJI+: pairs are one-to-one, with the largest sum of IoU. The areas of nuclei
+    without a partner add to the unions. nan if both maps are empty, 0 if one is.
 
     >>> pair = compare([[1, 1, 2, 2, 0, 0]], [[1, 1, 1, 0, 0, 3]])
     >>> aji(pair), round(aji(pair, one_to_one=True), 3)  # (2 + 1) / (3 + 4 + 1), 2 / (3 + 2 + 1)
@@ -181,7 +181,7 @@ def panoptic(pair, true_classes, pred_classes, num_classes):
     A pair matches at IoU > 0.5, strictly, so it is unique. Classes are 1..K, in order of id. True
     nuclei of UNKNOWN_CLASS, and the predictions that match one, are left out.
     """
-    # 1. Pairs by overlap; what lies on a nucleus of unknown class is neither right nor wrong.
+    # 1. Pair by overlap; a prediction on a nucleus of unknown class is neither right nor wrong.
     true_class = true_classes[pair.true]
     pred_class = pred_classes[pair.pred]
     match = pair.iou > 0.5
@@ -189,7 +189,7 @@ def panoptic(pair, true_classes, pred_classes, num_classes):
     ignored = match & (true_class == UNKNOWN_CLASS)
     judged = np.delete(pred_classes, pair.pred[ignored])
 
-    # 2. Count by class; the slice cuts the background and the unknown off.
+    # 2. Count by class; the slices drop the background and the unknown.
     size = num_classes + 1
     tp = np.bincount(pred_class[same], minlength=size)
     iou = np.bincount(pred_class[same], pair.iou[same], size)
@@ -212,9 +212,9 @@ def panoptic_quality(counts):
 
 
 def _published_pairs(pair, radius):
-    """HoVer-Net's: the least total distance between all centroids, then pairs too far are dropped.
+    """HoVer-Net's pairs of least total centroid distance; then pairs beyond `radius` are dropped.
 
-    Where one side has a nucleus more, whole chains of right pairs may shift by one and be dropped.
+    If one side has an extra nucleus, whole chains of right pairs may shift by one and be dropped.
     """
     distance = cdist(pair.true_centroids, pair.pred_centroids)
     true, pred = linear_sum_assignment(distance)
@@ -223,7 +223,7 @@ def _published_pairs(pair, radius):
 
 
 def _capped_pairs(pair, radius):
-    """The least total of distances that are capped at `radius`; pairs at the radius are dropped."""
+    """Pairs of least total distance, each capped at `radius`; pairs at the radius are dropped."""
     counts = len(pair.true_area), len(pair.pred_area)
     trees = KDTree(pair.true_centroids), KDTree(pair.pred_centroids)
     near = trees[0].sparse_distance_matrix(trees[1], radius, output_type="ndarray")
@@ -234,8 +234,8 @@ def _capped_pairs(pair, radius):
 def confusion_matrix(pair, true_classes, pred_classes, num_classes, radius, *, capped=False):
     """Nuclei (K + 2, K + 1) by true (row) and predicted class; row and column 0: the unmatched.
 
-    The last row holds the true nuclei of UNKNOWN_CLASS. Matched by centroids as in HoVer-Net; if
-    capped, so that a nucleus too many cannot shift the pairs of others.
+    The last row holds the true nuclei of UNKNOWN_CLASS. Nuclei are paired by centroids as in
+    HoVer-Net. If capped, an extra nucleus cannot shift the pairs of others.
     """
     if capped:
         true, pred = _capped_pairs(pair, radius)
@@ -250,7 +250,7 @@ def confusion_matrix(pair, true_classes, pred_classes, num_classes, radius, *, c
 
 
 def detection_scores(confusion):
-    """Precision, recall, F1 of all nuclei, whatever their class; nan where it would divide by 0.
+    """Precision, recall, F1 of all nuclei, whatever their class; nan for a division by 0.
 
     >>> detection_scores([[0, 1, 1], [3, 4, 0], [1, 0, 2]]).round(3).tolist()  # TP 6, FP 2, FN 4
     [0.75, 0.6, 0.667]
@@ -282,7 +282,7 @@ def classification_f1(confusion):
 
 
 def score_image(true_map, true_classes, pred_map, pred_classes, *, num_classes, radius=12.0):
-    """What `summarise` needs of one image, as a dict of plain numbers; maps as in `compare`.
+    """The numbers of one image that `summarise` needs, as a dict; maps as in `compare`.
 
     Classes are 1..num_classes, one for each id present, in ascending order of id (so by id - 1
     where ids have no gap); None puts all nuclei in class 1. A true class may be UNKNOWN_CLASS.
@@ -353,7 +353,7 @@ def summarise(images, class_names, tissues=None):
     """The figures of a data set from its `score_image` dicts, each beside its protocol.
 
     `tissues` has one name an image; without it all are one tissue. Means of PQ over images leave
-    out an image whose truth is empty, or lacks the class: its false positives go unpunished there.
+    out an image whose truth is empty or lacks the class, so its false positives cost nothing.
     """
     # 1. Check that the images belong together.
     tissues = np.array(["all"] * len(images) if tissues is None else tissues, str)
@@ -406,8 +406,8 @@ def summarise(images, class_names, tissues=None):
 def bootstrap_interval(images, figure, *, repeats=1000, confidence=0.95, seed=0):
     """Bounds (low, high) of `figure(images)`, a number, over images drawn with replacement.
 
-    Draws in which the figure is undefined are left out. Both bounds are nan where all are, and
-    for fewer than three images, which tell nothing of other images.
+    Draws in which the figure is undefined are left out. Both bounds are nan if all are, and for
+    fewer than three images, because so few say nothing about others.
     """
     if len(images) < 3:
         return np.nan, np.nan

@@ -1,4 +1,4 @@
-"""What is written and drawn of an image's nuclei: overlay, tables, label maps, panels, curves.
+"""Writes and draws the nuclei of an image: overlay, tables, label maps, panels, curves.
 
     result = Result("image.png", image, nuclei, class_names, colors, mpp=0.25)
     write_outputs("predictions", "image", result, ["overlay", "geojson", "csv", "tif"])
@@ -25,16 +25,16 @@ from scipy import ndimage
 from postprocess import Nuclei
 
 GREY = (100, 100, 100)  # ours: nuclei of unknown class
-SCREEN = 2000  # ours: px; larger images are looked at scaled down, so their lines are thicker
-LOSSES = ("loss", "val_loss", "val_ce", "val_dice")  # drawn; val_mse is too small to be seen
-SCORES = ("pq", "class_f1")  # drawn, of every validation set
+SCREEN = 2000  # ours: px; larger images are viewed scaled down, so their lines are thicker
+LOSSES = ("loss", "val_loss", "val_ce", "val_dice")  # the curves; val_mse would be too low to see
+SCORES = ("pq", "class_f1")  # the curves of every validation set
 
 
 # ---------------------------------------------------------------- drawing
 
 
 def neighbours(values):
-    """What lies above, below, left and right of every pixel, 0 outside: four (H, W)."""
+    """The values above, below, left and right of every pixel, 0 outside: four (H, W) arrays."""
     framed = np.pad(values, 1)
     return framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:]
 
@@ -49,9 +49,9 @@ def grown(mask):
 def outlined(image, inst_map, classes, colors, scale=1, width=1):
     """The image, `scale` times as large, with every nucleus outlined in its class's colour.
 
-    classes: (N,) of the ids 1..N, not all of which need be in inst_map; 255 (unknown) is grey.
-    Lines lie inside the nuclei, `width` pixels thick. A light casing surrounds them, because blue
-    and red alone hardly show on purple. Returns (scale * H, scale * W, 3) uint8.
+    classes: (N,) of the ids 1..N; inst_map may lack some of them; 255 (unknown) is grey.
+    Lines lie inside the nuclei, `width` pixels thick. A light border, the casing, surrounds them,
+    because blue and red are hard to see on purple. Returns (scale * H, scale * W, 3) uint8.
     """
     if scale > 1:
         height, columns = inst_map.shape
@@ -95,8 +95,18 @@ def legend(labels, colors, size):
     return box
 
 
-def add_legend(canvas, labels, colors):
-    """Draws a see-through legend into a corner of (H, W, 3) uint8; a tiny image goes without."""
+def add_legend(canvas, result):
+    """Draws a see-through legend of a result's classes into a corner of its (H, W, 3) uint8 picture.
+
+    It has the classes that occur, for --keep may leave others out; a tiny image gets none.
+    """
+    labels, colors = [], []
+    for name, count, color in zip(result.class_names, result.counts(), result.colors):
+        if count:
+            labels.append(f"{name} {count:,}")
+            colors.append(color)
+    if not labels:
+        return
     size = max(10, max(canvas.shape) // 85)
     box = np.asarray(legend(labels, colors, size))
     height, width, _ = box.shape
@@ -127,7 +137,7 @@ def titled_panel(rows, titles, class_names, colors, unknown=False):
     page = Image.new("RGB", (left + box.width, bottom), "white")
     page.paste(box, (left, size))
 
-    # A cell is cut off where its title is too long.
+    # The cell cuts off a title that is too long.
     for r, row in enumerate(rows):
         for c, picture in enumerate(row):
             cell = Image.new("RGB", (width, cell_height), "white")
@@ -142,7 +152,7 @@ def titled_panel(rows, titles, class_names, colors, unknown=False):
 
 
 def nice_ticks(high):
-    """From 0 to `high`, in at most seven steps of 1, 2 or 5 times a power of ten."""
+    """Ticks from 0 to `high`, in at most seven steps of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(high / 7))
     step = next(k * power for k in (1, 2, 5, 10) if 7 * k * power >= high)
     return [k * step for k in range(int(high / step) + 1)]
@@ -173,7 +183,7 @@ def plot(lines, inks, last, highest):
     x, y = place(last / 2, 0)
     draw.text((x, y + 60), "epoch", "black", anchor="mm", font_size=24)
 
-    # A dot marks the end, and is all there is of a line of one epoch.
+    # A dot marks the end of a line; after one epoch there is only the dot.
     for line, ink in zip(lines, inks):
         places = [place(epoch, value) for epoch, value in line]
         draw.line(places, fill=ink, width=4)
@@ -182,7 +192,7 @@ def plot(lines, inks, last, highest):
 
 
 def draw_curves(records, path):
-    """A run as a picture: losses left, scores of the validation sets right, over the epochs.
+    """Draws the losses of a run at the left and its validation scores at the right.
 
     records: a dict for every epoch, with epoch, LOSSES, and a dict with SCORES for each set.
     """
@@ -203,9 +213,9 @@ def draw_curves(records, path):
     highest = 0
     for line in losses.values():
         _, values = zip(*line)
-        highest = max(highest, 3 * np.median(values))
+        highest = max(highest, min(3 * np.median(values), max(values)))
 
-    # Drawn twice as large and reduced, since Pillow's lines have jagged edges.
+    # Draw at twice the size and reduce it, because Pillow's lines have jagged edges.
     hues = [360 * k // len(names) for k in range(len(names))]
     inks = [ImageColor.getrgb(f"hsl({hue}, 90%, 40%)") for hue in hues]
     last = records[-1]["epoch"]
@@ -224,14 +234,14 @@ def contours(inst_map):
 
     Pixel (y, x) covers [y, y+1] x [x, x+1]. A ring lists its corners clockwise on the screen,
     first = last; its shoelace area is pixels plus holes. Pixels that touch at a corner share a
-    ring; of an id in separate pieces only the first has one.
+    ring. If an id has separate pieces, only the first one gets a ring.
 
         # # .      a---b        a (0, 0)  b (0, 2)  c (1, 2)
         # # #      |   c-d      d (1, 3)  e (2, 3)  f (2, 0)  a (0, 0)
                    f-----e
     """
-    # Find the edges: the sides of pixels where a nucleus ends. One is written as 4 * pixel + side:
-    # pixel is a flat index; side is 0 top, 1 right, 2 bottom, 3 left. They run clockwise.
+    # Find the edges: the sides of pixels where a nucleus ends. The number of an edge is
+    # 4 * pixel + side: a flat index, and 0 top, 1 right, 2 bottom, 3 left. They run clockwise.
     framed = np.pad(inst_map, 1)
     ids, stride = framed.ravel(), framed.shape[1]
     across = np.array((-stride, 1, stride, -1))  # the step over side 0, 1, 2, 3
@@ -256,7 +266,7 @@ def contours(inst_map):
     chosen = np.where(ids[beyond] == ids[pixel], 4 * beyond + to_the_left, chosen)
     following = np.searchsorted(edges, chosen)
 
-    # Where edges begin, in coordinates of inst_map, and whether the outline turns there.
+    # Find where edges begin, in coordinates of inst_map, and whether the outline turns there.
     begin_of_side = np.array(((-1, -1), (-1, 0), (0, 0), (0, -1)))
     begins = np.stack(np.divmod(pixel, stride), axis=1) + begin_of_side[side]
     turns = np.zeros(len(edges), bool)
@@ -280,7 +290,7 @@ def contours(inst_map):
 
 
 def printable(text):
-    """The text on one line; bytes of a file name that are no text become "?"."""
+    """The text on one line; bytes that are no valid text become "?"."""
     return " ".join(text.encode(errors="replace").decode().split())
 
 
@@ -296,7 +306,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Result:
-    """What the writers know of an image."""
+    """Everything that the writers need for an image."""
 
     name: str  # the image's file name
     image: np.ndarray | None  # (H, W, 3) uint8; only the overlay needs it
@@ -384,8 +394,7 @@ def write_overlay(path, result):
     nuclei = result.nuclei
     width = math.ceil(max(result.shape) / SCREEN)
     canvas = outlined(result.image, nuclei.inst_map, nuclei.classes, result.colors, width=width)
-    labels = [f"{name} {n:,}" for name, n in zip(result.class_names, result.counts())]
-    add_legend(canvas, labels, result.colors)
+    add_legend(canvas, result)
     Image.fromarray(canvas).save(path, "PNG", compress_level=1)
 
 
@@ -415,7 +424,7 @@ def write_instances(path, result):
 
 
 def write_json(path, result):
-    """HoVer-Net's JSON; contours are open as they are there, but run along pixel edges."""
+    """HoVer-Net's JSON; contours are open, as in HoVer-Net, but run along pixel edges."""
     nuclei = {}
     for row, box, ring in zip(result.rows(), result.nuclei.boxes, result.rings):
         nuclei[str(row.id)] = {
@@ -436,7 +445,7 @@ def write_npy(path, result):
         np.save(file, result.nuclei.inst_map)
 
 
-FORMATS = {  # name -> what follows the image's name, writer
+FORMATS = {  # name -> (what follows the image's name, writer)
     "overlay": ("_overlay.png", write_overlay),
     "geojson": ("_nuclei.geojson", write_geojson),
     "csv": ("_nuclei.csv", write_csv),
@@ -448,7 +457,7 @@ FORMATS = {  # name -> what follows the image's name, writer
 
 @contextmanager
 def complete(path):
-    """A temporary path, whose file becomes that of `path` when the block ends without an error."""
+    """Gives a temporary path; its file is renamed to `path` if the block ends without an error."""
     key = uuid.uuid5(uuid.NAMESPACE_URL, ascii(path.name))  # some writers refuse odd names
     part = path.with_name(f".{key}.part")
     try:
@@ -473,9 +482,9 @@ def write_outputs(folder, stem, result, formats, writers=FORMATS):
 
 
 def summary_row(result, *, seconds, mm2=None):
-    """One image in plain numbers, {column: value}; None where the resolution is not known.
+    """A row of summary.csv, {column: value}; None if the resolution is not known.
 
-    mm2: area looked at, for a slide its tissue (default: all of the image).
+    mm2: analysed area, of a large picture the tiles with tissue (default: the whole image).
     """
     megapixels = math.prod(result.shape) / 1e6
     counts, mpp = result.counts(), result.mpp

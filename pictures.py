@@ -1,4 +1,4 @@
-"""Anything to look at, as a picture at the resolution of a model: arrays, image files, slides.
+"""Arrays, image files and slides as pictures at the resolution of a model.
 
     picture = open_picture("slide.svs")        # needs: pip install openslide-python openslide-bin
     picture.resample_to(0.25)                  # µm per pixel
@@ -24,32 +24,32 @@ SLIDE_SUFFIXES = (  # what OpenSlide 4 opens; and .npy, an array on disk
     ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi", ".qptiff",
     ".tif", ".tiff", ".npy")
 LARGE = 10**8  # ours: pixels above which nuclei are kept on disk
-SAME_MPP = 0.05  # ours: nuclei vary more than this in size, so a smaller difference is left alone
-THUMBNAIL = 4096  # ours: longest side in pixels of the overlay, on which tissue is looked for too
-GLASS = 230  # ours: a pixel with a darker channel is tissue; glass is at 235 to 255
+SAME_MPP = 0.05  # ours: below this no resampling, since the sizes of nuclei vary more
+THUMBNAIL = 4096  # ours: longest side of a large picture's overlay; tissue is searched on it
+GLASS = 230  # ours: a pixel with a darker channel is tissue; glass has 235 to 255
 
 
 # ---------------------------------------------------------------- pictures
 
 
 def differ(mpp, wanted):
-    """Whether a picture of `mpp` must be resampled; either may be None."""
+    """Whether a picture at `mpp` must be resampled to `wanted`; either may be None."""
     return bool(mpp and wanted and abs(wanted / mpp - 1) >= SAME_MPP)
 
 
 class Level(NamedTuple):
     """One resolution of a picture."""
 
-    down: float  # pixels of the picture to one of the level
+    down: float  # pixels of the picture per pixel of the level
     shape: tuple  # (h, w)
     read: callable  # read(y0, x0, y1, x1) -> (h, w, 3) uint8
 
 
 class Picture:
-    """Anything to look at: `.shape` and `[y0:y1, x0:x1]` are at the resolution asked for.
+    """A picture: `.shape` and `[y0:y1, x0:x1]` are at the resolution set by `resample_to`.
 
-    levels: finest first. mpp: µm per pixel of the finest, None if not stated; source: who states
-    it. notes: what the user must be told.
+    levels: finest first. mpp: µm per pixel of the finest, None if not stated; source: where it is
+    stated. notes: sentences for the user.
     """
 
     def __init__(self, levels, *, mpp=None, source="", notes=()):
@@ -65,7 +65,7 @@ class Picture:
             height = max(round(height * scale), 1)
             width = max(round(width * scale), 1)
         self.shape = height, width, 3
-        self.ratio = np.divide(self.full, (height, width))  # own pixels to one of a window
+        self.ratio = np.divide(self.full, (height, width))  # own pixels per pixel of a window
 
     @property
     def resampled(self):
@@ -78,7 +78,7 @@ class Picture:
         return max(own, seen) > LARGE
 
     def load(self):
-        """(H, W, 3) uint8: all of the picture, which stays in memory from now on."""
+        """The whole picture (H, W, 3) uint8; it stays in memory from now on."""
         pixels = self.levels[0].read(0, 0, *self.full)
         self.levels = [array_level(pixels)]
         return pixels
@@ -94,9 +94,9 @@ class Picture:
         # Take the coarsest level that is fine enough.
         finest = max(*self.ratio, 1) + 0.01
         level = [level for level in self.levels if level.down < finest][-1]
-        zoom = self.ratio / level.down  # pixels of the level to one here
+        zoom = self.ratio / level.down  # pixels of the level per pixel of the window
 
-        # Read what the filter reaches, so that pixels do not depend on the window.
+        # Read a margin for the filter, so that pixels do not depend on the window.
         height, width = stop - start
         stop = np.minimum(stop * zoom, level.shape)
         start = np.minimum(start * zoom, stop - 0.5)
@@ -115,7 +115,7 @@ class Picture:
         """(origin, nuclei) of a window of this picture, in pixels of the picture itself."""
         if not self.resampled:
             return origin, nuclei
-        # The window's own rows and columns, and for each the two nearest here: mostly they are one.
+        # Own rows and columns, and for each the two nearest of the window: mostly the same one.
         first, nearest = [], []
         for start, side, ratio, full in zip(origin, nuclei.inst_map.shape, self.ratio, self.full):
             low = max(math.ceil(start * ratio - 0.5), 0)
@@ -126,8 +126,9 @@ class Picture:
             first.append(low)
             nearest += [before.astype(int), after.astype(int)]
 
-        # Where two are equally near, the background wins between rows and loses between columns.
-        # (The same side everywhere would shift nuclei, the same winner would change their size.)
+        # If two are equally near, rows take the smaller id and columns the larger one, so that the
+        # background wins half of the cases. (Always one side would shift nuclei; always the larger
+        # id would enlarge them.)
         above, below, left, right = nearest
         inst_map = np.minimum(nuclei.inst_map[above], nuclei.inst_map[below])
         inst_map = np.maximum(inst_map[:, left], inst_map[:, right])
@@ -142,7 +143,7 @@ class Picture:
         level = fine_enough[-1] if fine_enough else self.levels[0]
         height, width = level.shape
         times = math.ceil(max(height, width) / THUMBNAIL)
-        # Read in strips, for there may be a single, huge level.
+        # Read in strips, because there may be only one huge level.
         rows = times * max(2**24 // width // times, 1)
         strips = []
         for y in range(0, height, rows):
@@ -174,7 +175,7 @@ def measure_again(nuclei, inst_map, peaks):
 
 
 def moved(nuclei, origin):
-    """The nuclei with coordinates that count from where the window's origin (y, x) counts from."""
+    """The nuclei of a window, with the window's origin (y, x) added to their coordinates."""
     return nuclei._replace(
         peaks=nuclei.peaks + origin,
         centroids=nuclei.centroids + origin,
@@ -193,7 +194,7 @@ def array_level(array):
 
 
 def read_npy(path, y0, x0, y1, x1):
-    """A window of an array on disk; mapped anew each time, or what was read would stay in RAM."""
+    """A window of an array on disk; mapped each time, since pages that are read stay in RAM."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array[y0:y1, x0:x1].copy()
 
@@ -207,9 +208,9 @@ def open_array(path):
 
 
 def read_region(slide, path, number, down, corner, y0, x0, y1, x1):
-    """(h, w, 3) uint8 of a level, in its pixels from the corner on; what was not scanned is white.
+    """A window (h, w, 3) uint8 of a level, counted from the corner; unscanned parts are white.
 
-    corner: (y, x) in pixels of the finest level, as OpenSlide wants it.
+    corner: (y, x) in pixels of the finest level, as OpenSlide expects it.
     """
     x, y = corner[1] + round(x0 * down), corner[0] + round(y0 * down)
     size = int(x1 - x0), int(y1 - y0)
@@ -221,7 +222,7 @@ def read_region(slide, path, number, down, corner, y0, x0, y1, x1):
 
 
 def scanned_part(properties, height, width):
-    """(y, x, height, width) of the finest level: its bounds where they are stated, as in QuPath."""
+    """(y, x, height, width) of the stated bounds in the finest level, as in QuPath; else all."""
     try:
         names = ("bounds-y", "bounds-x", "bounds-height", "bounds-width")
         y, x, h, w = (int(properties[f"openslide.{name}"]) for name in names)
@@ -232,7 +233,7 @@ def scanned_part(properties, height, width):
 
 
 def stated_mpp(properties):
-    """µm per pixel, None where the slide states none or nonsense."""
+    """µm per pixel, None if the slide states none or an implausible one."""
     try:
         mpp = (float(properties["openslide.mpp-x"]) + float(properties["openslide.mpp-y"])) / 2
     except (KeyError, ValueError):
@@ -257,20 +258,20 @@ def open_slide(path, openslide):
 
 
 def openslide_for(path):
-    """The module openslide where it is to read the file, else None.
+    """The module openslide if it shall read the file, else None.
 
-    A small TIFF that no scanner wrote is left to Pillow: images.py knows more of channels and bit
+    A small TIFF that no scanner wrote is left to images.py, which handles more channels and bit
     depths. Raises: ValueError for a slide that cannot be read here.
     """
     suffix = path.suffix.lower()
     if suffix not in SLIDE_SUFFIXES:
         return None
 
-    # Does it know the file?
+    # Does OpenSlide know the file?
     try:
         import openslide
         vendor = openslide.OpenSlide.detect_format(path)
-    except (ImportError, OSError):  # its library, too, may be missing
+    except (ImportError, OSError):  # OSError: its C library is missing
         openslide = vendor = None
     if vendor == "generic-tiff":
         with suppress(ValueError, OSError):
@@ -279,7 +280,7 @@ def openslide_for(path):
     if vendor:
         return openslide
 
-    # If not, Pillow may.
+    # If not, Pillow may read it.
     if suffix in (*IMAGE_SUFFIXES, ".qptiff"):
         return None
     if openslide is None:
@@ -289,7 +290,7 @@ def openslide_for(path):
 
 
 def open_picture(path, max_pixels=MAX_PIXELS):
-    """The picture in a file: OpenSlide is asked first, where it is installed and may know it.
+    """Opens the picture in a file; OpenSlide is asked first, if it is installed.
 
     max_pixels: larger image files are refused undecoded. Raises: FileNotFoundError, ValueError.
     """
@@ -307,7 +308,7 @@ def open_picture(path, max_pixels=MAX_PIXELS):
 
 
 def is_large(path):
-    """Whether the file holds more than LARGE pixels; nothing is decoded, errors come later."""
+    """Whether the file holds more than LARGE pixels. It decodes nothing and raises nothing."""
     with suppress(ValueError, OSError):
         if path.suffix.lower() == ".npy":
             return open_array(path).large

@@ -1,7 +1,7 @@
-"""From nuclei to the density map that a network learns, and from its two maps back to nuclei.
+"""Makes the density map that a network learns, and turns its two maps back into nuclei.
 
 The watershed is a minimum spanning forest, grown by Boruvka's rounds: Cousty et al. 2009,
-"Watershed cuts" (doi.org/10.1109/TPAMI.2008.173). Needs numpy and scipy; works when copied alone.
+"Watershed cuts" (doi.org/10.1109/TPAMI.2008.173). Needs only numpy and scipy.
 
     target = density_map(centroids_of(inst_map), inst_map.shape)  # what the density head learns
     nuclei = reconstruct(class_probability, density)              # from the outputs of both heads
@@ -18,7 +18,7 @@ from scipy import ndimage
 
 CROSS = ndimage.generate_binary_structure(2, 1)  # a pixel and its 4 neighbours
 SQUARE = ndimage.generate_binary_structure(2, 2)  # a pixel and its 8 neighbours
-ROUNDING = 0.001  # ours: height per pixel of distance; rounds the borders between close nuclei
+ROUNDING = 0.001  # ours: height per pixel of distance; makes borders between close nuclei round
 
 
 class Nuclei(NamedTuple):
@@ -50,8 +50,8 @@ def density_map(centroids, shape, *, sigma=5.0, combine="max"):
 
     centroids: (N, 2), may lie outside; shape: (H, W); sigma: pixels.
     combine: "max" gives every nucleus a peak of exactly 1, whatever its neighbours and the crop.
-    "sum" is the published form: Gaussians are added up and divided by the maximum of the image, so
-    that close nuclei melt into one peak and isolated ones fade.
+    "sum" is the published form: Gaussians are added up and divided by the maximum of the image.
+    Then close nuclei merge into one peak, and isolated nuclei get low peaks.
     """
     _check_combine(combine)
     # 1. Mark the pixel of each centroid. A peak just outside the image still reaches into it.
@@ -65,7 +65,7 @@ def density_map(centroids, shape, *, sigma=5.0, combine="max"):
     if empty.all():
         return np.zeros(shape, np.float32)
 
-    # 2. Add the Gaussians up, or take the largest, which is that of the nearest centroid.
+    # 2. Add up the Gaussians, or take the largest: that of the nearest centroid.
     if combine == "sum":
         density = ndimage.gaussian_filter(1.0 - empty, sigma, mode="constant")
         density /= density.max()
@@ -96,7 +96,7 @@ def _checked(density):
 
 
 def _spaced(values):
-    """A copy of a map (H, W) whose rows are no power of two apart: that slows filters threefold."""
+    """A copy of a map (H, W) with a row stride of no power of two, which is 3 times slower."""
     height, width = values.shape
     spare = (8 - width) % 64
     room = np.empty((height, width + spare), values.dtype)
@@ -105,22 +105,23 @@ def _spaced(values):
 
 
 def find_peaks(density, *, min_distance=2, threshold=0.3):
-    """Pixels above `threshold` that none within `min_distance` exceeds: (N, 2), in scan order.
+    """Local maxima of the density above `threshold`: (N, 2), in scan order.
 
-    density: (H, W) float. The window is a square of side 2 * min_distance + 1. Equal maxima
-    within `min_distance` of each other, plateaus included, are one peak: their first pixel.
+    density: (H, W) float. A peak is the highest pixel of the square of side 2 * min_distance + 1
+    around it. Equal maxima within `min_distance` of each other, also those of a plateau, count as
+    one peak: the first of their pixels.
     """
     density = _checked(density)
     if min_distance < 1:
         raise ValueError(f"min_distance is {min_distance}; expected at least 1 pixel")
 
-    # 1. Candidates are the highest of their window.
+    # 1. Candidates are the highest pixels of their window.
     highest = _spaced(density)
     ndimage.maximum_filter(highest, 2 * min_distance + 1, output=highest)
     candidates = (density == highest) & (density > threshold)
     peaks = np.argwhere(candidates)
 
-    # 2. Squares of side min_distance touch where their candidates are that close: one group.
+    # 2. Draw a square of side min_distance at each candidate. Touching squares are one group.
     squares = np.zeros(np.add(density.shape, min_distance), bool)
     y, x = peaks.T
     for below, right in np.ndindex(min_distance, min_distance):
@@ -136,7 +137,7 @@ def find_peaks(density, *, min_distance=2, threshold=0.3):
 
 
 def _follow(pointers):
-    """Where each entry ends that goes on to the entry it points to; an end points to itself."""
+    """The end that each entry reaches when one follows the pointers; an end points to itself."""
     further = pointers[pointers]
     while np.any(further != pointers):
         pointers, further = further, further[further]  # twice as far each time
@@ -144,22 +145,23 @@ def _follow(pointers):
 
 
 def _pits_and_passes(relief, mask, neighbours, held):
-    """Let every pixel of the mask slide to its lowest neighbour, and so into a pit.
+    """Move every pixel of the mask downhill to a pit, and find the passes between the basins.
 
-    neighbours: CROSS or SQUARE. held: pixels that do not slide, and so are pits.
-    The n pixels of the mask are numbered in scan order. Returns the pits (P,), which are pixels;
-    the basin (n,) of each pixel, an index of the pits; and of each pass, the lowest first, the
-    two basins beside it (2, L) and its height (L,).
+    A pit is a local minimum. Its basin is all pixels that move to it. A pass joins two basins.
+    neighbours: CROSS or SQUARE. held: pixels that do not move; each of them is a pit.
+    The n pixels of the mask are numbered in scan order. Returns the pits (P,) as pixel numbers;
+    the basin (n,) of each pixel as an index into the pits; and the passes, lowest first: the two
+    basins of each (2, L), and its height (L,).
     """
-    # 1. A frame of infinite height gives every pixel all its neighbours, at fixed steps.
+    # 1. Add a frame of infinite height. Now every pixel has all neighbours, at fixed steps.
     framed = np.pad(np.where(mask, relief, np.inf), 1, constant_values=np.inf)
     level = framed.ravel()
     place = np.flatnonzero(level < np.inf)  # (n,) indices of the framed map
     pixel = np.arange(len(place))
-    number = np.full(level.size, -1, np.int32)  # the other way round: place -> pixel
+    number = np.full(level.size, -1, np.int32)  # the reverse: place -> pixel
     number[place] = pixel
 
-    # 2. Slide. Of equal neighbours the first counts as lower, so that no path is a circle.
+    # 2. Move downhill. Of equal neighbours the first counts as lower, so no path is a cycle.
     offsets = np.argwhere(neighbours) - 1  # (5 or 9, 2), in scan order
     steps = offsets @ (framed.shape[1], 1)
     around = np.stack([level[place + step] for step in steps])  # (5 or 9, n)
@@ -173,7 +175,7 @@ def _pits_and_passes(relief, mask, neighbours, held):
     basin = np.cumsum(is_pit)[bottom] - 1
     number[place] = basin  # place -> basin
 
-    # 4. A pass is an edge between two basins, as high as the higher of its two pixels.
+    # 4. A pass is a pair of neighbours in two basins. Its height is that of the higher pixel.
     edges = []
     for step in steps[steps > 0]:
         beside = number[place + step]
@@ -181,28 +183,28 @@ def _pits_and_passes(relief, mask, neighbours, held):
         edges.append((crossing, crossing + step))
     edges = np.hstack(edges)  # (2, L) places
     low, high = np.sort(level[edges], axis=0)
-    order = np.lexsort((low, high))  # of equal passes first the one that is reached first
+    order = np.lexsort((low, high))  # if equal, the one with the lower low side first
     sides = number[edges[:, order]]
     return np.flatnonzero(is_pit), basin, sides, high[order]
 
 
 def _overflow(label, sides):
-    """Let every basin without a marker overflow over its lowest pass, until each holds one.
+    """Let every basin without a marker overflow over its lowest pass, until it reaches a marker.
 
     label: (P,) the marker in each basin, 0 = none; sides: as from `_pits_and_passes`.
-    Returns the marker that each basin ends with (P,), 0 where no pass leads to one. Each round
-    at least halves the basins that can overflow, so that no relief takes long.
+    Returns the marker that each basin reaches (P,), 0 if none. Each round at least halves the
+    number of basins that can overflow, so a few rounds are enough.
     """
     basins = np.arange(len(label))
-    home = basins  # where the water of each basin has gone
+    home = basins  # the basin into which each basin has overflowed
     while sides.size:
-        # 1. The passes are sorted: the first that a basin has is its lowest.
+        # 1. The passes are sorted, so a basin's first pass is its lowest.
         passes = np.arange(sides.shape[1])
         first = np.full(len(label), len(passes))
         np.minimum.at(first, sides[0], passes)
         np.minimum.at(first, sides[1], passes)
 
-        # 2. Basins without a marker overflow. Of two that do so into each other, one stays.
+        # 2. Basins without a marker overflow. If two overflow into each other, one stays.
         full = np.flatnonzero((label == 0) & (first < len(passes)))
         beside = sides[:, first[full]].sum(axis=0) - full
         into = basins.copy()
@@ -212,7 +214,7 @@ def _overflow(label, sides):
         into = _follow(into)
         home = into[home]
 
-        # 3. Passes inside one basin, and between two that hold markers, are done with.
+        # 3. Drop passes inside one basin, and passes between two basins with markers.
         sides = into[sides]
         apart = sides[0] != sides[1]
         needed = (label[sides] == 0).any(axis=0)
@@ -221,23 +223,23 @@ def _overflow(label, sides):
 
 
 def watershed(relief, markers, mask):
-    """Flood `relief` from `markers` inside `mask`: (H, W) int32 labels, 0 where no marker gets.
+    """Flood `relief` from `markers` inside `mask`: (H, W) int32 labels, 0 for background.
 
-    relief: (H, W) finite, low floods first; markers: (H, W) int, 0 = none; mask: (H, W) bool.
-    Every pixel slides to its lowest 4-neighbour and so to a pit; a basin without a marker
-    overflows over its lowest pass into the next; what ends without a marker is background. So a
-    marker reaches each of its pixels over the lowest possible pass. Level ground goes to the
-    nearest marker: `relief` is raised by ROUNDING times the distance to it. (scipy's
-    `watershed_ift` minimises the largest step instead.)
+    relief: (H, W) finite, low is flooded first; markers: (H, W) int, 0 = none; mask: (H, W) bool.
+    Every pixel moves to its lowest 4-neighbour, and so to a pit. A basin without a marker
+    overflows over its lowest pass into the next basin. Pixels that reach no marker are background.
+    So a marker reaches each of its pixels over the lowest possible pass. First, `relief` is raised
+    by ROUNDING times the distance to the nearest marker, so that flat ground goes to that marker.
+    (scipy's `watershed_ift` minimises the largest step instead.)
     """
-    # 1. Raise the relief. (8 columns more: no power of two, as in `_spaced`.)
+    # 1. Raise the relief. (8 more columns avoid a stride of a power of two, as in `_spaced`.)
     mask = np.asarray(mask, bool)
     unmarked = ~mask | (markers == 0)
     unmarked = np.pad(unmarked, ((0, 0), (0, 8)), constant_values=True)
     distance = ndimage.distance_transform_edt(unmarked)[:, :-8].astype(np.float32)
     relief = relief + ROUNDING * distance
 
-    # 2. Slide, overflow, and label each pixel by the marker of its basin.
+    # 2. Move downhill, overflow, and label each pixel with the marker of its basin.
     markers = markers[mask]
     held = np.flatnonzero(markers)
     pits, basin, sides, _ = _pits_and_passes(relief, mask, CROSS, held)
@@ -247,15 +249,16 @@ def watershed(relief, markers, mask):
 
 
 def prominent_peaks(density, h=0.15):
-    """The h-maxima, published: one pixel for each maximum of dynamics >= `h`: (N, 2), scan order.
+    """The h-maxima (published): a pixel for each maximum of dynamics >= `h`: (N, 2), scan order.
 
-    Dynamics is how far one must descend from a maximum to reach a higher one (8-neighbours), or,
-    from the highest, the map's minimum: a flat map has no peak. Of equals the first is higher.
-    (Published code stretches the map to [0, 1] before; the result then depends on the tile.)
+    The dynamics of a maximum is the least descent on a path to a higher maximum (8-neighbours).
+    For the highest it is the descent to the map's minimum, so a flat map has no peak. Of equal
+    maxima the first counts as higher. (The published code first stretches the map to [0, 1]. Then
+    the result depends on the tile.)
     """
     density = _checked(density)
 
-    # 1. Upside down, maxima are pits and saddles are passes. Number the maxima by their height.
+    # 1. In the negative map, maxima are pits and saddles are passes. Sort maxima by height.
     everywhere = np.ones(density.shape, bool)
     pits, _, sides, level = _pits_and_passes(-density, everywhere, SQUARE, [])
     order = np.argsort(-density.ravel()[pits], kind="stable")
@@ -268,10 +271,10 @@ def prominent_peaks(density, h=0.15):
     _, first = np.unique(pair, return_index=True)
     first.sort()
 
-    # 3. Join them, the highest saddle first. The lower maximum has then found a higher one.
+    # 3. Join maxima, the highest saddle first. There the lower maximum meets a higher one.
     height = density.ravel()[pits].astype(float)
     dynamics = height - density.min()
-    higher = list(range(len(pits)))  # each maximum points to the one that it has found
+    higher = list(range(len(pits)))  # each maximum points to the one that it has met
 
     def summit(peak):
         while higher[peak] != peak:
@@ -284,7 +287,7 @@ def prominent_peaks(density, h=0.15):
             higher[low] = high
             dynamics[low] = height[low] + depth
 
-    # 4. Keep what is prominent.
+    # 4. Keep the prominent maxima.
     kept = np.sort(pits[(dynamics >= h) & (dynamics > 0)])
     return np.stack(np.unravel_index(kept, density.shape), axis=1)
 
@@ -295,16 +298,16 @@ def prominent_peaks(density, h=0.15):
 def measure(inst_map, type_map, *, peaks, class_probability=None):
     """Measure every nucleus of a label map; nucleus `id` has its peak in row id - 1 of `peaks`.
 
-    The class is the majority of a nucleus's pixels, background aside; ties go to the smaller.
-    type_map: (H, W) int; class_probability: (K+1, H, W). An id without pixels has area 0, class 0,
-    probability nan, and its peak as centroid and empty box: drop such rows by their area.
+    The class is the most frequent one among the pixels, without background; of equals the smaller.
+    type_map: (H, W) int; class_probability: (K+1, H, W). An id without pixels has area 0, class 0
+    and probability nan; its centroid and its empty box are at its peak. Drop it by its area.
     """
     peaks = np.asarray(peaks, np.int64).reshape(-1, 2)
     count = len(peaks)
     if (top := inst_map.max(initial=0)) > count:
         raise ValueError(f"inst_map holds id {top} but there are {count} peaks; pass one an id")
 
-    # 1. All pixels of nuclei, and the row that each counts for.
+    # 1. All pixels of nuclei, and the row of each.
     y, x = np.nonzero(inst_map)
     rows = inst_map[y, x].astype(np.int64) - 1
 
@@ -327,10 +330,10 @@ def measure(inst_map, type_map, *, peaks, class_probability=None):
     channels = max(2, types.max(initial=0) + 1)
     ballots = rows * channels + types
     votes = np.bincount(ballots, minlength=count * channels).reshape(count, channels)
-    votes[:, 0] = 0  # the background has none
+    votes[:, 0] = 0  # background does not vote
     classes = votes.argmax(axis=1)
 
-    # 4. The mean probability of that class.
+    # 4. The mean probability of the nucleus's class.
     probabilities = np.full(count, np.nan, np.float32)
     if class_probability is not None:
         of_pixels = class_probability[classes[rows], y, x]
@@ -340,7 +343,7 @@ def measure(inst_map, type_map, *, peaks, class_probability=None):
 
 
 def select(nuclei, keep):
-    """The nuclei whose row of `keep` (N,) bool is true, numbered anew."""
+    """The nuclei whose row of `keep` (N,) bool is true, renumbered from 1."""
     new_ids = np.where(keep, np.cumsum(keep), 0)
     new_ids = np.append(0, new_ids).astype(np.int32)  # 0 stays the background
     columns = [values[keep] for values in nuclei[1:]]
@@ -353,12 +356,12 @@ def reconstruct(
     *,
     combine="max",  # how the density target was made; "sum": published
     min_distance=2,  # ours: px at 0.25 um/px, a 5 px window
-    threshold=0.3,  # ours: on unit peaks; chosen on validation images, 0.2 to 0.35 do as well
+    threshold=0.3,  # ours: for unit peaks; chosen on validation images, 0.2 to 0.35 are as good
     h=0.15,  # published config; used with "sum"
-    smooth=1.0,  # ours: px; bf16 and fp32 then agree on 99.8 % of nuclei
-    min_size=10,  # ours: px; what is smaller is debris
+    smooth=1.0,  # ours: px, sigma of a Gaussian; bf16 and fp32 then agree on 99.8 % of nuclei
+    min_size=10,  # ours: px; smaller pieces are debris
 ):
-    """Nuclei of one image: each is the foreground that its density peak floods.
+    """Finds the nuclei of one image: a watershed floods the foreground from the density peaks.
 
     class_probability: (K+1, H, W) float, background first; density: (H, W) float, about 1 at the
     centre of each nucleus. Foreground is where the background is less probable than one half.
@@ -373,14 +376,14 @@ def reconstruct(
                          "as class_probability")
     _check_combine(combine)
 
-    # 1. What each pixel is. (An argmax of all channels loses nuclei between two classes.)
+    # 1. Classify the pixels. (An argmax over all channels loses nuclei between two classes.)
     class_probability = np.asarray(class_probability)
     foreground = class_probability[0] < 0.5
     type_map = np.zeros(foreground.shape, np.uint8)
     candidates = class_probability[1:, foreground]  # (K, pixels of nuclei)
     type_map[foreground] = candidates.argmax(axis=0) + 1
 
-    # 2. Where the nuclei are.
+    # 2. Find the peaks, one for each nucleus.
     density = _spaced(_checked(density))
     ndimage.gaussian_filter(density, smooth, output=density)
     if combine == "max":
@@ -389,12 +392,12 @@ def reconstruct(
         peaks = prominent_peaks(density.clip(0, 1), h)
     peaks = peaks[foreground[tuple(peaks.T)]]
 
-    # 3. Which pixels belong to each.
+    # 3. Flood the foreground from the peaks.
     markers = np.zeros(foreground.shape, np.int32)
     y, x = peaks.T
     markers[y, x] = np.arange(len(peaks)) + 1
     inst_map = watershed(-density, markers, foreground)
 
-    # 4. What they are.
+    # 4. Measure the nuclei, and drop the tiny ones.
     nuclei = measure(inst_map, type_map, peaks=peaks, class_probability=class_probability)
     return select(nuclei, nuclei.areas >= max(min_size, 1))

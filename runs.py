@@ -1,4 +1,4 @@
-"""What a command needs around its work: the machine, which images, what is done, what is said.
+"""Helpers of the commands: the machine, the list of images, the journal, the messages.
 
     device = pick_device("auto")
     images, skipped = find_images(["folder"], out="predictions")
@@ -51,7 +51,7 @@ def pick_device(name):
 
 
 def pick_precision(device, name="auto"):
-    """The `dtype` of --precision: auto is bf16 where the processor has it (CPU: from torch 2.6)."""
+    """The `dtype` of --precision: auto is bf16 if the processor has it (CPU: from torch 2.6)."""
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else None
     able = False
@@ -64,9 +64,9 @@ def pick_precision(device, name="auto"):
 
 
 def keep_memory():
-    """Has glibc, where that is the C library, keep what is freed: a quarter off the time on a CPU.
+    """Makes glibc keep freed memory, which saves a quarter of the time on a CPU.
 
-    It gives large blocks back, and the kernel then has to clear every page of the next ones.
+    By default it returns large blocks, and then the kernel must clear every page of the next ones.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -76,13 +76,13 @@ def keep_memory():
 
 
 def start_worker():
-    """What a process of the pool does first."""
+    """Runs first in every process of the pool."""
     keep_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that owns the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that owns the pool handles Ctrl-C
 
 
 def start_pool(workers, device):
-    """Processes that reconstruct, or None. workers: None is one a core, up to 8, beside a GPU."""
+    """Processes that reconstruct, or None. workers: None with a GPU is one a core, at most 8."""
     if workers is None:
         workers = min(os.cpu_count(), 8) if device.type == "cuda" else 0
     if not workers:
@@ -91,10 +91,10 @@ def start_pool(workers, device):
 
 
 def memory_of(device):
-    """Bytes that the device has in all, so that the tile is the same on every run."""
+    """Total bytes of the device. (With the free bytes, the tile would differ from run to run.)"""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    total = 2**33  # where the system does not tell
+    total = 2**33  # if the system does not state it
     with suppress(AttributeError, ValueError, OSError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # a container's limit
@@ -106,11 +106,11 @@ def memory_of(device):
 
 
 def find_images(paths, out):
-    """({image: what its outputs begin with}, sentences on what was skipped).
+    """({image: what the names of its outputs begin with}, sentences on skipped files).
 
-    paths: of images and folders. Outputs begin with the stem, or with the whole name where several
+    paths: of images and folders. Outputs begin with the stem, or with the whole name if several
     images share a stem.
-    Raises: ValueError for a path without an image, and where two would write the same files.
+    Raises: ValueError for a path without an image, and if two would write the same files.
     """
     # Collect the files.
     images, skipped = [], []
@@ -132,7 +132,7 @@ def find_images(paths, out):
 
     # Name their outputs.
     images = list(dict.fromkeys(images))
-    times = Counter(path.stem.casefold() for path in images)  # Windows takes A for a
+    times = Counter(path.stem.casefold() for path in images)  # Windows ignores case
     stems, owners = {}, {}
     for path in images:
         stem = path.name if times[path.stem.casefold()] > 1 else path.stem
@@ -148,7 +148,7 @@ def find_images(paths, out):
 
 
 def source_of(path):
-    """What tells an input from others, and from an earlier state of itself."""
+    """Identifies an input and its state: path, size, time of change."""
     state = path.stat()
     return [os.fsencode(path.resolve()).decode(errors="replace"), state.st_size, state.st_mtime_ns]
 
@@ -157,7 +157,7 @@ class Journal:
     """run.jsonl: a line for each image done, from which an interrupted run resumes.
 
     A line holds the settings, the input (path, size, time of change), the files written and the row
-    of summary.csv. Lines are only added, each in one piece, so several processes may write.
+    of summary.csv. Lines are only appended, each in one piece, so several processes may write.
     Raises: ValueError for outputs of other settings, unless they may be overwritten.
     """
 
@@ -173,7 +173,7 @@ class Journal:
                              "choose another --out, or replace them with --overwrite")
 
     def entries(self):
-        """All lines that are as they were written: one cut short by a kill counts for nothing."""
+        """All intact lines; a line that a kill cut short is ignored."""
         entries = []
         if self.path.exists():
             for line in self.path.read_bytes().splitlines():
@@ -185,12 +185,12 @@ class Journal:
         return entries
 
     def done(self):
-        """{what outputs begin with: line} of this call's settings; a later line replaces others."""
+        """{what outputs begin with: line} of this call's settings; later lines replace earlier."""
         same = [entry for entry in self.entries() if entry["settings"] == self.settings]
         return {entry["image"]: entry for entry in same}
 
     def covers(self, path, entry):
-        """Whether the image is done. Raises: ValueError where its outputs are another image's."""
+        """Whether the image is done. Raises: ValueError if its outputs are another image's."""
         if self.overwrite or entry is None:
             return False
         if entry["source"] != source_of(path):
@@ -218,7 +218,7 @@ class Journal:
                  "time": time.time(), **more}
         entry["check"] = zlib.crc32(json.dumps(entry).encode())
         with open(self.path, "ab", buffering=0) as file:
-            file.write(f"\n{json.dumps(entry)}\n".encode())  # begins anew if the last line was cut
+            file.write(f"\n{json.dumps(entry)}\n".encode())  # the first \n ends a cut line
             os.fsync(file.fileno())
 
 
@@ -259,7 +259,7 @@ def explain(error, path):
 
 
 def time_left(seconds, part):
-    """In words, where a part (0 to 1) of the work took so many seconds."""
+    """The remaining time as text; the finished part (0 to 1) of the work took `seconds`."""
     left = seconds * (1 - part) / part
     if left < 90:
         return f"{left:.0f} s left"
@@ -269,7 +269,7 @@ def time_left(seconds, part):
 
 
 class Estimate:
-    """How far the work is, by the bytes of the files, and how long the rest will take."""
+    """Estimates the remaining time from the sizes of the files."""
 
     def __init__(self, images):
         self.sizes = {path: max(path.stat().st_size, 1) for path in images}
@@ -284,7 +284,7 @@ class Estimate:
         self.over += self.sizes[path]
 
     def begin(self, path, number):
-        """The function to call with the tiles done and the number of all of an image's tiles."""
+        """The function to call with the number of finished tiles and of all tiles of an image."""
         place = f"{path} ({number + 1} of {len(self.sizes)})"
 
         def progress(done, tiles):
@@ -296,7 +296,7 @@ class Estimate:
 
 
 def names_in(text):
-    """The names in a text that has commas between them."""
+    """The names in a text with commas between them."""
     return [name.strip() for name in text.split(",")]
 
 
@@ -305,7 +305,7 @@ def plural(count, name):
 
 
 def opening_line(count, checkpoint, config, device, dtype):
-    """What was found, and what is done with it."""
+    """The first line: images, checkpoint, classes, resolution, device and precision."""
     precision = "bf16" if dtype else "fp32"
     resolution = f" at {config['mpp']:g} µm per pixel" if config["mpp"] else ""
     line = (f"{plural(count, 'image')}; {Path(checkpoint).name}: {', '.join(config['class_names'])}"
@@ -316,7 +316,7 @@ def opening_line(count, checkpoint, config, device, dtype):
 
 
 def resolution_lines(entries, wanted):
-    """("0.5 µm per pixel (where it is stated)", lines on files that state none)."""
+    """("0.5 µm per pixel (source)", lines on files that state no resolution)."""
     # Group the images by resolution and by who states it.
     sources, missing = {}, Counter()
     for entry in entries:
@@ -344,7 +344,7 @@ def resolution_lines(entries, wanted):
 
 
 def closing_lines(new, old, failed, config, seconds, out):
-    """The end: failures, nuclei of each class, megapixels and seconds, where it was written."""
+    """The last lines: failures, nuclei of each class, megapixels, seconds, output folder."""
     # Failures come first, then what was done before.
     lines = []
     if failed:
@@ -357,7 +357,10 @@ def closing_lines(new, old, failed, config, seconds, out):
     # What was done now.
     if new:
         counts = [sum(column) for column in zip(*(entry["counts"] for entry in new))]
-        classes = [f"{name} {n:,}" for name, n in zip(config["class_names"], counts)]
+        classes = []
+        for name, n in zip(config["class_names"], counts):
+            if name in new[0]["row"]:  # it is not if --keep leaves it out
+                classes.append(f"{name} {n:,}")
         megapixels = sum(entry["row"]["megapixels"] for entry in new)
         lines.append(f"{sum(counts):,} nuclei in {plural(len(new), 'image')}: {', '.join(classes)}")
         stated, assumed = resolution_lines(new, config["mpp"])
@@ -372,7 +375,7 @@ def closing_lines(new, old, failed, config, seconds, out):
 
 # ---------------------------------------------------------------- processes that share work
 #
-# They do not talk: each takes images or tiles by its rank, and leaves word of its end in a file.
+# They do not communicate. Each takes images or tiles by its rank, and writes a file at its end.
 
 
 def note_of(folder, rank):
@@ -380,17 +383,17 @@ def note_of(folder, rank):
 
 
 def leave_note(folder, rank, failed):
-    """Tells the first process that this one has ended, and which images it could not do."""
+    """Tells the first process that this one has ended, and which images failed."""
     part = note_of(folder, rank).with_suffix(".part")
     part.write_text(json.dumps(sorted(failed)), encoding="utf-8")
     os.replace(part, note_of(folder, rank))
 
 
 def wait_for_notes(folder, ranks):
-    """The images that the other processes could not do, once all have ended.
+    """Waits until the other processes have ended; returns their failed images.
 
-    Under torchrun a process that ends with an error ends the others at their work. So the first
-    one answers for all, and last.
+    Under torchrun, a process that ends with an error stops the others. So only the first process
+    returns an error, and it ends last.
     """
     failed = set()
     for rank in range(1, ranks):

@@ -1,4 +1,4 @@
-"""The nuclei of pictures too large for memory, kept on disk tile by tile, and written from there.
+"""Keeps the nuclei of large pictures on disk, tile by tile, and writes the outputs from there.
 
     save_nuclei("folder/0_0.npz", origin, nuclei)       # any process, any order
     tiles = Tiles("slide.svs", picture, "folder", class_names, colors)
@@ -22,7 +22,7 @@ from postprocess import Nuclei
 
 
 def save_nuclei(path, origin, nuclei, **more):
-    """Writes a tile's nuclei, map and coordinates from `origin` on: whole or not at all."""
+    """Writes the nuclei of a tile, counted from `origin`; the file is complete or absent."""
     part = path.with_suffix(f".{os.getpid()}.part")
     with open(part, "wb") as file:
         np.savez_compressed(file, origin=origin, **nuclei._asdict(), **more)
@@ -32,7 +32,7 @@ def save_nuclei(path, origin, nuclei, **more):
 
 
 def load_arrays(path):
-    """{name: array} of `save_nuclei`."""
+    """The {name: array} that `save_nuclei` wrote."""
     try:  # not `explain_errors`: the warnings that it silences are those of all threads
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -41,24 +41,24 @@ def load_arrays(path):
 
 
 def load_nuclei(path):
-    """(origin, nuclei) of `save_nuclei`."""
+    """The (origin, nuclei) that `save_nuclei` wrote."""
     arrays = load_arrays(path)
     return tuple(arrays["origin"].tolist()), Nuclei(*(arrays[name] for name in Nuclei._fields))
 
 
 @contextmanager
 def writing_alone(folder, files):
-    """Whether all files are there and no other process is writing the result of them.
+    """Gives True if all files exist and no other process is writing the result.
 
-    The lock ends with the process that holds it, so a killed one leaves nothing to clean up.
+    The lock ends with its process, so a killed process leaves nothing to clean up.
     """
-    # Whoever finds tiles missing is not the last.
+    # If tiles are missing, another process will finish last.
     complete = all(path.exists() for path in files)
     if not complete:
         yield False
         return
 
-    # Two may be the last at once: the lock decides.
+    # If two processes finish at once, the lock decides.
     try:
         lock = open(folder / "lock", "w")
     except FileNotFoundError:  # another process has written the result meanwhile
@@ -75,9 +75,9 @@ def writing_alone(folder, files):
 
 
 class Tiles:
-    """What the writers know of a large picture: `Result`, one tile after the other.
+    """Everything that the writers need for a large picture: a `Result` for each tile.
 
-    folder: where the tiles wait, with their outlines, in the order of `add`.
+    folder: holds the tiles with their outlines, in the order of `add`.
     """
 
     def __init__(self, name, picture, folder, class_names, colors):
@@ -99,14 +99,14 @@ class Tiles:
     def parts(self):
         """Yields (origin, Result) of every tile, coordinates in the picture's pixels."""
         for path in self.files:
-            # Nuclei
+            # The nuclei.
             arrays = load_arrays(path)
             origin = arrays["origin"]
             nuclei = Nuclei(*(arrays[name] for name in Nuclei._fields))
             nuclei = moved(nuclei, origin)
             result = Result(self.name, None, nuclei, self.class_names, self.colors, self.mpp)
 
-            # and their outlines
+            # Their outlines.
             ends = np.cumsum(arrays["lengths"])
             result.rings = np.split(arrays["corners"] + origin, ends)[:-1]
             yield origin, result
@@ -130,7 +130,7 @@ class Tiles:
 
 
 def write_thumbnail(path, tiles):
-    """PNG: the picture, THUMBNAIL pixels a side at most, outlines in their classes' colours."""
+    """PNG: the picture at THUMBNAIL pixels a side at most, with outlines in class colours."""
     # The outlines.
     thumbnail = tiles.picture.thumbnail
     zoom = np.divide(thumbnail.shape[:2], tiles.shape)
@@ -142,9 +142,8 @@ def write_thumbnail(path, tiles):
             draw.line(line.ravel().tolist(), tuple(tiles.colors[kind - 1]))
 
     # The legend.
-    labels = [f"{name} {n:,}" for name, n in zip(tiles.class_names, tiles.counts())]
     canvas = np.array(canvas)
-    add_legend(canvas, labels, tiles.colors)
+    add_legend(canvas, tiles)
     Image.fromarray(canvas).save(path, "PNG", compress_level=1)
 
 
@@ -154,13 +153,13 @@ def write_label_map(path, tiles):
     count = 0
     for (y, x), result in tiles.parts():
         ids = result.nuclei.inst_map
-        label_map = np.lib.format.open_memmap(path, "r+")  # anew, or it would stay in RAM
+        label_map = np.lib.format.open_memmap(path, "r+")  # each time, or it stays in RAM
         target = label_map[y:y + ids.shape[0], x:x + ids.shape[1]]
         target[ids > 0] = ids[ids > 0] + count
         count += len(result.nuclei.areas)
 
 
-WRITERS = {  # of FORMATS, those that need not hold the picture or its label map in memory
+WRITERS = {  # the FORMATS that do not need the whole picture in memory
     "overlay": (FORMATS["overlay"][0], write_thumbnail),
     "geojson": (FORMATS["geojson"][0], write_geojson),
     "csv": (FORMATS["csv"][0], write_csv),

@@ -1,8 +1,8 @@
-"""Trains DualU-Net, on synthetic tissue when nothing else is named.
+"""Trains DualU-Net; without --data or --preset on synthetic tissue.
 
     python train.py                                   # a few minutes on two CPU cores
     python train.py --data mydata --encoder-weights imagenet
-    python train.py --preset consep --root DATA       # makes weights/consep.pt; minutes on a GPU
+    python train.py --preset consep --root DATA       # as weights/consep.pt; minutes on a GPU
     torchrun --nproc-per-node 2 train.py --data mydata
 
 A run writes best.pt, last.pt, log.jsonl, curves.png and preview.png into its folder.
@@ -36,7 +36,7 @@ from recipes import RESUMABLE, check_options, parse_options
 from runs import (explain, keep_memory, pick_device, pick_precision, plural, say,
                   show_progress, time_left)
 
-VAL_CROPS = 16  # ours: fixed crops whose loss is logged
+VAL_CROPS = 16  # ours: number of fixed validation crops whose loss is logged
 
 
 # ---------------------------------------------------------------- data
@@ -66,7 +66,7 @@ def split_source(source, val, fold):
 
 
 def unknown_classes(options):
-    """{set: its classes to take as unknown}, from --unknown."""
+    """{set: its classes that count as unknown}, from --unknown."""
     unknown = {path: [] for path in options.data}
     for entry in options.unknown:
         path, _, name = entry.rpartition(":")
@@ -79,7 +79,7 @@ def unknown_classes(options):
 
 def open_sets(options):
     """The sets of --data, each with its split."""
-    # where they are
+    # find their folders
     folders = []
     for path in options.data:
         folder = path if path == "synthetic" else str(Path(options.root) / path)
@@ -88,7 +88,7 @@ def open_sets(options):
                                     f"--root {options.root}")
         folders.append(folder)
 
-    # what they are
+    # open and split them
     unknown = unknown_classes(options)
     mpp = options.data_mpp or [None]
     if len(mpp) == 1:
@@ -111,7 +111,7 @@ def open_sets(options):
         name = name if short.count(name) == 1 else path
         sets.append(LabelledSet(name, source, train, val))
 
-    # what was asked for must be there
+    # refuse --val and --fold if no set has them
     names = {name for labelled in sets for name in labelled.source.names}
     if strangers := sorted(set(options.val or []) - names):
         raise ValueError(f"--val {strangers[0]}: no image of that name in {', '.join(folders)}")
@@ -121,9 +121,9 @@ def open_sets(options):
 
 
 def merge_classes(sets, options):
-    """The network's classes: --classes, or all names of the sets in the order met.
+    """The network's classes: --classes, or all names of the sets in order of appearance.
 
-    "nucleus" is a class only where there is no other.
+    "nucleus" is a class only if there is no other class.
     """
     if options.one_class:
         return ["nucleus"]
@@ -136,8 +136,8 @@ def merge_classes(sets, options):
 
 
 def make_crops(sets, class_names, options):
-    """Augmented training crops and plain validation crops, their images read."""
-    # how often each set and each class
+    """Augmented training crops and plain validation crops; reads all images."""
+    # the share of each set and of each class
     shares = options.share or [1.0]
     if len(sets) > 1 and not options.share:
         shares = []
@@ -148,7 +148,7 @@ def make_crops(sets, class_names, options):
         raise ValueError(f"--rare-shares has {len(options.rare_shares)} numbers for "
                          f"{len(class_names)} classes; give one a class")
 
-    # what a crop is
+    # the target and the augmentation of crops
     target = {"mpp": options.mpp, "sigma": peak_options(options.mpp)["sigma"],
               "combine": options.combine, "crop": options.crop, "seed": options.seed}
     geometry = {"scale": options.scale, "aspect": options.aspect, "turn": options.turn}
@@ -186,8 +186,8 @@ def class_weights(text, crops):
         return torch.tensor(weights)
 
     frequency = crops.class_frequency()
-    weights = np.maximum(frequency, 1e-3) ** -0.5  # finite for an absent class
-    # the background weighs as the mean nucleus pixel: a lighter one widens outlines
+    weights = np.maximum(frequency, 1e-3) ** -0.5  # finite even for an absent class
+    # background weighs like the mean nucleus pixel; with a lower weight outlines get too wide
     weights[0] = np.average(weights[1:], weights=weights[1:] ** -2)
     mean = (weights * frequency).sum()
     return torch.tensor(weights / mean, dtype=torch.float32)
@@ -197,7 +197,7 @@ def class_weights(text, crops):
 
 
 def peak_options(mpp):
-    """How wide peaks are trained and how they are found, scaled from 0.25 µm per pixel."""
+    """The width of the target's peaks and the options that find peaks, scaled from 0.25 µm."""
     scale = 0.25 / mpp
     return {"sigma": 5 * scale,  # paper, at 0.25
             "min_distance": max(round(2 * scale), 1), "smooth": scale,
@@ -212,12 +212,14 @@ def build_model(options, class_names):
     model.config |= {
         "class_names": class_names, "colors": class_colors(class_names), "mpp": options.mpp,
         "licence": options.licence, "sigma": peaks.pop("sigma"),
-        "reconstruct": peaks | {"combine": options.combine}}
+        "reconstruct": peaks | {"combine": options.combine},
+        # measured: in windows far larger than the crops, zero padding is rarer, and nuclei shrink
+        "tile": max(256, 32 * math.ceil(options.crop / 32)), "halo": 32}
     return model
 
 
 def load_weights(model, options):
-    """Loads what --init or --encoder-weights name."""
+    """Loads the weights that --init or --encoder-weights names."""
     if options.init:
         start_from(model, options.init)
     elif options.encoder_weights:
@@ -237,22 +239,27 @@ def start_from(model, path):
                              "--decoder-channels and --image-skip that it was trained with")
         own[name] = given[name]
 
-    # of the class head, what belongs to classes of the same name
+    # of the class head, the rows of classes with the same name
     names, start_names = model.config["class_names"], start.config["class_names"]
     common = [name for name in names if name in start_names]
     rows = [0] + [names.index(name) + 1 for name in common]
     start_rows = [0] + [start_names.index(name) + 1 for name in common]
-    if common:
+    fresh = [name for name in names if name not in common]
+    note = f"; it does not know {', '.join(fresh)}" if fresh else ""
+
+    # of a single class, its row for all: outlines are good from the first step on
+    if fresh and len(start_names) == 1:
+        rows, start_rows = list(range(len(names) + 1)), [0] + [1] * len(names)
+        note += f", which begin as its {start_names[0]}"
+    if len(rows) > 1:
         for name in ("segmentation_head.weight", "segmentation_head.bias"):
             own[name][rows] = given[name][start_rows]
     model.load_state_dict(own)
-    fresh = [name for name in names if name not in common]
-    note = f"; it does not know {', '.join(fresh)}" if fresh else ""
     print(f"starts from {path}{note}")
 
 
 def make_optimizer(model, options):
-    """Adam or AdamW in groups: the encoder has a rate of its own, vectors do not decay."""
+    """Adam or AdamW: the encoder has its own rate; AdamW does not decay biases and norms."""
     groups = {}
     for name, parameter in model.named_parameters():
         encoder = name.startswith("encoder.")
@@ -268,7 +275,7 @@ def make_optimizer(model, options):
 
 
 def rate_at(progress, options):
-    """The learning rate when `progress` in [0, 1) of the training is done."""
+    """The learning rate after the part `progress`, in [0, 1), of the training."""
     if options.schedule == "step":
         falls = (progress >= 0.7) + (progress >= 0.9)
         return options.rate * 0.1**falls  # published
@@ -301,7 +308,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Run:
-    """What a training works on, and how far it is."""
+    """The parts and the state of one training."""
 
     options: argparse.Namespace
     out: Path
@@ -311,17 +318,17 @@ class Run:
     val_crops: Crops
     steps: int  # of an epoch
     model: DualUNet  # what the optimizer changes
-    average: DualUNet  # what is validated and kept; without --average the same
+    average: DualUNet  # what is validated and saved; without --average it is `model`
     optimizer: torch.optim.Optimizer
     loss_options: dict
-    records: list  # of the epochs done, a dict each
-    begun: int = 0  # how many of them an earlier call did
+    records: list  # a dict for each finished epoch
+    begun: int = 0  # epochs that an earlier call finished
 
 
 def begin(options):
-    """The run's options, its folder, and what its last.pt holds or None.
+    """The run's options, its folder, and the content of its last.pt (None for a new run).
 
-    Raises: ValueError where the folder and the options do not fit each other.
+    Raises: ValueError if the folder and the options do not fit each other.
     """
     if not options.resume:
         out = Path(options.out)
@@ -330,7 +337,7 @@ def begin(options):
                              "another --out")
         return options, out, None
 
-    # the run that is there
+    # read the run to continue
     out = Path(options.resume)
     if not (out / "last.pt").exists():
         raise ValueError(f"{out}: no run to resume, for it has no last.pt; check the folder")
@@ -339,7 +346,7 @@ def begin(options):
         raise ValueError(f"{out}/last.pt: holds no training to continue; "
                          "start from its weights with --init")
 
-    # its options count, but for those that may change
+    # its options hold, except the RESUMABLE ones that are given
     if refused := [name for name in options.given if name not in RESUMABLE]:
         raise ValueError(f"--{refused[0].replace('_', '-')} cannot change beside --resume; "
                          "a new run may start from these weights with --init")
@@ -354,7 +361,7 @@ def begin(options):
 
 
 def find_place(options):
-    """The device of this process; torchrun tells each its rank."""
+    """The device and the rank of this process; torchrun sets the rank."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(options.device)
     if device.type == "cuda":
@@ -367,13 +374,16 @@ def find_place(options):
 
 
 def start_run(options, out, saved):
-    """Opens the data and builds the network, as new or as `saved`."""
+    """Opens the data and builds the network, new or from `saved`."""
     # the data
     place = find_place(options)
     torch.manual_seed(options.seed)
     sets = open_sets(options)
     class_names = merge_classes(sets, options)
     crops, val_crops = make_crops(sets, class_names, options)
+    if not any(len(table) for table in crops.nuclei):
+        raise ValueError(f"{', '.join(options.data)}: no nucleus in the labels of the training "
+                         "images; look at them with python data.py")
     cover = crops.pixels() / options.crop**2 / options.batch
     steps = options.steps or max(50, round(cover))
 
@@ -391,7 +401,7 @@ def start_run(options, out, saved):
     run = Run(options, out, place, sets, crops, val_crops, steps, model, average, optimizer,
               loss_options, [])
 
-    # where it stood; all randomness comes from (seed, number of the crop)
+    # continue where it stopped; crops depend only on (seed, number), so no random state is kept
     if saved:
         model.load_state_dict(saved["training"])
         average.load_state_dict(saved["model"])
@@ -412,7 +422,7 @@ def to_device(images, device):
 
 @torch.inference_mode()
 def val_loss(run):
-    """The loss terms of the average over fixed crops."""
+    """The loss terms of the averaged network on fixed crops."""
     device, precision = run.place.device, run.place.precision
     batch = [run.val_crops[n] for n in range(VAL_CROPS)]
     images, type_map, density = default_collate(batch)
@@ -423,7 +433,7 @@ def val_loss(run):
 
 
 def validate(run):
-    """Loss terms over fixed crops, figures of whole images a set, and their mean as the score."""
+    """Loss terms on fixed crops, figures of each set on whole images, and their mean: the score."""
     record = val_loss(run)
     if not run.options.val_images:
         return record | {"score": math.nan}
@@ -448,7 +458,7 @@ def validate(run):
 
 
 def calibrate_best(run):
-    """Lowers the background's logit in best.pt, where that gives better outlines."""
+    """Lowers the background's logit in best.pt if that improves the outlines."""
     path = run.out / "best.pt"
     saved = read_checkpoint(path)
     model = load_model(path, run.place.device)
@@ -465,7 +475,7 @@ def calibrate_best(run):
 
 
 def describe(run):
-    """Says what will be trained on."""
+    """Prints the sets, their nuclei, and the length of the training."""
     for labelled, share in zip(run.sets, run.crops.shares):
         print(f"{labelled.name}: {len(labelled.train)} training and {len(labelled.val)} validation "
               f"images at {labelled.source.mpp:g} µm per pixel, {100 * share:.0f} % of the crops")
@@ -481,7 +491,7 @@ def describe(run):
 
 
 def show_step(run, epoch, step, loss, start):
-    """Progress of the epoch, with the time that the run still needs."""
+    """Shows the progress of the epoch, and the remaining time of the run."""
     seconds = time.monotonic() - start
     if step == 0 and epoch == run.begun:
         print(f"first step: {seconds:.1f} s", flush=True)
@@ -493,7 +503,7 @@ def show_step(run, epoch, step, loss, start):
 
 
 def report(run):
-    """The last epoch's line for people, all epochs' lines for machines, and the curves."""
+    """Prints the last epoch, writes all epochs to log.jsonl, and draws the curves."""
     last = run.records[-1]
     seconds, epochs_left = last["seconds"], run.options.epochs - last["epoch"]
     left = time_left(seconds, 1 / (epochs_left + 1))
@@ -511,7 +521,7 @@ def report(run):
 
 
 def save(run):
-    """Writes last.pt, and best.pt where the score is the best so far."""
+    """Writes last.pt, and best.pt if the score is the best so far."""
     score = run.records[-1]["score"]
     scores = [record["score"] for record in run.records if not math.isnan(record["score"])]
     split = {"train": [], "val": []}
@@ -521,7 +531,7 @@ def save(run):
         split["val"] += [names[i] for i in labelled.val]
     state = {"epoch": len(run.records), "records": run.records, "split": split,
              "options": vars(run.options)}
-    if not scores or score == max(scores):  # before last.pt: a kill between the two remakes it
+    if not scores or score == max(scores):  # first, so that a kill before last.pt repeats both
         save_checkpoint(run.out / "best.pt", run.average, half=True, **state)
     save_checkpoint(run.out / "last.pt", run.average, **state, training=run.model.state_dict(),
                     optimizer=run.optimizer.state_dict())
@@ -531,7 +541,7 @@ def save(run):
 
 
 def make_loader(run, epoch):
-    """The crops of an epoch in batches: those of this process."""
+    """This process's crops of an epoch, in batches."""
     options, place = run.options, run.place
     count = run.steps * options.batch * place.world
     numbers = range(epoch * count + place.rank, (epoch + 1) * count, place.world)
@@ -540,7 +550,7 @@ def make_loader(run, epoch):
 
 
 def check_loss(run, loss, epoch, step, numbers):
-    """Raises RuntimeError that names the images of the step where its loss is not finite."""
+    """Raises RuntimeError if the loss is not finite; it names the images of the step."""
     if math.isfinite(loss):
         return
     batch = numbers[step * run.options.batch:][:run.options.batch]
@@ -551,7 +561,7 @@ def check_loss(run, loss, epoch, step, numbers):
 
 
 def train_epoch(run, network, epoch):
-    """Trains for an epoch; returns the mean of every loss term, and the last rate."""
+    """Trains one epoch; returns the mean of every loss term, and the last rate."""
     options, (device, precision, rank, _) = run.options, run.place
     start = time.monotonic()
     loader = make_loader(run, epoch)
@@ -571,9 +581,9 @@ def train_epoch(run, network, epoch):
         with torch.autocast(device.type, precision, enabled=precision is not None):
             maps = network(images)
 
-        # loss, looked at before the weights change
+        # loss, checked before the weights change
         terms = dual_loss(*maps, type_map, density, **run.loss_options)
-        loss = terms["loss"].item()  # the only time that a step waits for the device
+        loss = terms["loss"].item()  # the only point where a step waits for the device
         check_loss(run, loss, epoch, step, loader.sampler)
 
         # backward, clip, step
@@ -583,7 +593,7 @@ def train_epoch(run, network, epoch):
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), options.clip)
         run.optimizer.step()
 
-        # average, which at first follows faster
+        # average, which follows faster in the first steps
         if options.average:
             average_into(run.average, run.model, min(options.average, (done + 1) / (done + 11)))
 
@@ -596,7 +606,7 @@ def train_epoch(run, network, epoch):
 
 
 def train(options):
-    """The whole training, from data to pictures."""
+    """Runs the whole training: all epochs, validation, saving, calibration."""
     options, out, saved = begin(options)
     check_options(options)
     run = start_run(options, out, saved)
@@ -637,7 +647,7 @@ def main(argv=None):
     out = Path(options.resume or options.out)
     first = int(os.environ.get("RANK", 0)) == 0
     try:
-        with contextlib.redirect_stdout(sys.stdout if first else None):  # one process speaks
+        with contextlib.redirect_stdout(sys.stdout if first else None):  # only the first prints
             train(options)
     except torch.cuda.OutOfMemoryError:
         message = "out of memory; use a smaller --batch or --crop"

@@ -185,15 +185,18 @@ def ablation(args):
     report(args, note_of(args), rows)
 
 
-def from_network(model, way, i, image):
-    """Nuclei of an image by `way`, from the maps of one pass, as `predict` sees a tile."""
-    halo, (height, width) = infer.HALO, image.shape[:2]
-    bottom, right = infer.round_up(height) + halo, infer.round_up(width) + halo
-    window = infer.read_window(image, -halo, -halo, bottom, right)
-    class_probability, density = infer.predict_maps(model, window[None])
-    rows, columns = slice(halo, halo + height), slice(halo, halo + width)
-    options = model.config["reconstruct"]
-    return way(class_probability[0, :, rows, columns], density[0, rows, columns], **options)
+def from_network(model, way, _, image):
+    """Nuclei of an image by `way`, from the maps of its tiles put together."""
+    height, width = image.shape[:2]
+    tile, halo = infer.sides_of(model)
+    maps = np.zeros((model.config["num_classes"] + 2, height + tile, width + tile), np.float32)
+    for y0, x0, y1, x1 in infer.tile_cores(height, width, tile):
+        window = infer.read_window(image, y0 - halo, x0 - halo, y1 + halo, x1 + halo)
+        class_probability, density = infer.predict_maps(model, window[None])
+        both = np.concatenate([class_probability[0], density])
+        maps[:, y0:y1, x0:x1] = both[:, halo:halo + y1 - y0, halo:halo + x1 - x0]
+    maps = maps[:, :height, :width]
+    return way(maps[:-1], maps[-1], **model.config["reconstruct"])
 
 
 def recipes(args):

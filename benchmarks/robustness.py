@@ -376,7 +376,7 @@ def kill_one(name, words, check, folder, kills):
             call = [*words, "--out", str(out)]
             if (out / "last.pt").exists():
                 call = ["train.py", "--resume", str(out)]
-            wait = random.uniform(0.2, 1) * seconds if killed < kills else None
+            wait = random.uniform(0.1, 0.8) * seconds if killed < kills else None
             ended = run(call, out, wait)
             killed += not ended
             done = check(out, whole, ended)

@@ -53,8 +53,9 @@ def test_plain_folder_of_one_class(tmp_path):
     assert image.shape == (64, 64, 3) and (image == 100).all() and found.dtype == np.int32
     assert np.array_equal(found, np.select([inst_map == 3, inst_map == 8], [1, 2]))
     assert np.array_equal(type_map, inst_map > 0) and type_map.dtype == np.uint8
-    problems, counts, areas = check_source(source)
+    problems, counts, areas, examples = check_source(source)
     assert problems == {} and counts.sum() == counts[1] == 6 and areas == [100, 200] * 3
+    assert examples == {1: "tile0"}
 
 
 @pytest.mark.parametrize("arrays", [
@@ -83,7 +84,7 @@ def test_ids_without_a_class_are_nuclei_of_unknown_class(tmp_path):
     for i, expected in enumerate(([2, 255], [255, 1], [255, 255])):
         found = np.select([inst_map == 3, inst_map == 8], expected)
         assert np.array_equal(source.read(i)[2], found)
-    problems, counts, _ = check_source(source)
+    problems, counts, _, _ = check_source(source)
     assert counts[[1, 2, 255]].tolist() == [1, 1, 4] and not problems
     write_folder(tmp_path / "list", inst_type=np.array([0, 1]))
     (tmp_path / "list" / "classes.json").write_text('["a", "b"]')
@@ -98,8 +99,9 @@ def test_named_classes_become_unknown_or_are_refused(tmp_path):
     source = open_source(tmp_path, classes=["stroma", "debris", "tumour"])
     assert source.class_names == ["stroma", "debris", "tumour"]
     assert nucleus_classes(*source.read(0)[1:]).tolist() == [3, 2]
-    with pytest.raises(ValueError, match="class 'debris' is not among tumour; name them alike"):
+    with pytest.raises(ValueError, match="class 'debris' is not among tumour; name them") as error:
         open_source(tmp_path, classes=["tumour"])
+    assert str(error.value).startswith(f"{tmp_path}: ")
     with pytest.raises(ValueError, match="no class tumor to take as unknown; there are debris, tu"):
         open_source(tmp_path, unknown=["tumor"])
     source = open_source("synthetic", unknown=["miscellaneous"], count=1)
@@ -214,6 +216,7 @@ def test_missing_labels_say_what_was_found(tmp_path, capsys):
         (labels / f"tile{i}.png").rename(labels / f"tile{i}{suffix}")
     (labels / "tile3.npy").write_text("")  # beside tile3.png
     (images / "tile4.bmp").write_bytes((images / "tile4.png").read_bytes())
+    (labels / "tile5.png").unlink()
     (images / "scan.svs").write_text("")
     (images / "._tile0.png").write_text("")  # macOS leaves these
     (images / "more").mkdir()
@@ -221,7 +224,8 @@ def test_missing_labels_say_what_was_found(tmp_path, capsys):
     for words in (
             "labels/tile0 with one of .npy", "; found tile0_mask.png: rename or convert it (XML:",
             "; found tile1.json: ", "; found tile2.xml: ", "; found tile3.npy, tile3.png: ",
-            "tile4.png: expected one label for it alone", "5 problems", "set: 7 images, 4 nuc",
+            "tile4.png: expected one label for it alone", "6 problems", "set: 7 images, 2 nuc",
+            "; found tile0_mask.png, tile1.json, tile2.xml: add its label, or take the image out",
             "skipped 1 file that is no picture (.svs); 1 subfolder is not searched: more"):
         assert words in printed
     for path in labels.iterdir():
@@ -257,6 +261,7 @@ def test_masks_stop_the_check_and_the_training(tmp_path, capsys):
         Image.fromarray(mask).save(tmp_path / "set" / "labels" / f"tile{i}.png")
     printed = problems_of(tmp_path / "set", capsys)
     assert printed.count("id 255 covers 2 separate pieces: a mask") == 3
+    assert "warning: no nucleus was read" not in printed  # the problems tell why
     with pytest.raises(ValueError, match="a mask, not instances"):
         open_source(tmp_path / "set").read(0)  # as training does
 
@@ -290,13 +295,20 @@ def test_the_check_warns_of_doubtful_classes_and_sizes(tmp_path, capsys):
     (tmp_path / "set" / "types" / "tile2.json").write_text("{}")
     printed = problems_of(tmp_path / "set", capsys, "--data-mpp", "0.1")
     for words in ("classes 'smal' and 'small' are nearly alike", "class '1' is a number among",
-                  "class 'smal' has 1 nuclei: misspelt, or too rare?", "  large: 1\n", "0 problems",
+                  "class 'smal' has 1 nuclei, the first in tile1: misspelt, or too rare?",
+                  "  large: 1\n", "\n0 problems",
                   "of unknown class: 2", "median diameter: 1.4 µm at 0.1 µm per pixel (usual: 6 to",
                   "warning: that is far off; 0.25 µm per pixel is 40x, 0.5 is 20x; give --data-mpp"):
         assert words in printed
-    printed = problems_of(tmp_path / "set", capsys, "--classes", "small,large")
-    assert "class '1' is not among small, large" in printed
-    assert "problem: " in problems_of(tmp_path / "none", capsys)
+    printed = problems_of(tmp_path / "set", capsys, "--classes", "small, large")
+    for name in ("1", "smal"):
+        assert (f"problem: class '{name}' is not among small, large; it has 1 nuclei, the first in "
+                "tile1\n") in printed
+    assert "\n2 problems" in printed
+    printed = problems_of(tmp_path / "none", capsys)
+    assert "problem: " in printed and "\n1 problem\n" in printed
+    printed = problems_of(tmp_path / "set", capsys, "--data-mpp", "72")
+    assert "problem: --data-mpp: 72 µm per pixel is implausible" in printed
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "set"), "--out", str(tmp_path / "file")]) == 1
     assert capsys.readouterr().err.startswith("error: ")

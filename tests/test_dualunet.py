@@ -316,7 +316,8 @@ def test_colours():
 def test_checkpoint_explains_itself(tmp_path):
     model = small_model(image_skip=4).eval()
     model.config |= {"class_names": ["a", "b", "c"], "colors": [(1, 2, 3)] * 3, "mpp": 0.25,
-                     "licence": "MIT", "sigma": 2.5, "reconstruct": {"min_distance": 1}}
+                     "licence": "MIT", "sigma": 2.5, "reconstruct": {"min_distance": 1},
+                     "tile": 256, "halo": 32}
     save_checkpoint(tmp_path / "m.pt", model, epoch=3)
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]  # nothing temporary is left
 
@@ -404,3 +405,14 @@ def test_works_alone_in_an_empty_folder(root, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                             text=True, check=True)
     assert result.stdout.split() == ["1", "3", "40", "40"]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("colors", 1.5), ("class_names", [True]), ("reconstruct", 3), ("tile", "large")])
+def test_metadata_of_another_type_is_refused(tmp_path, name, value):
+    model = DualUNet(num_classes=1, encoder="efficientnet_lite0", decoder_channels=(8,) * 5)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, model)
+    torch.save(read_checkpoint(path) | {name: value}, path)
+    with pytest.raises(ValueError, match=f"model.pt: its {name} is .*; convert it again"):
+        load_model(path)

@@ -294,7 +294,8 @@ def test_equal_pages_are_a_stack_whose_middle_is_read(tmp_path, rgb):
 
 def test_what_pillow_cannot_read_or_reads_wrongly_is_refused(tmp_path, rgb):
     compressions = {34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 50001: "WebP",
-                    34887: "LERC", 50002: "JPEG XL", 6: "old-style JPEG"}
+                    34887: "LERC", 50002: "JPEG XL", 6: "old-style JPEG", 34933: "PNG",
+                    34934: "JPEG XR"}
     kinds = [(np.float32, 3, "32-bit floating-point"), (np.float16, 3, "16-bit floating-point"),
              (np.int16, 2, "16-bit signed integer"), (np.int8, 2, "8-bit signed integer"),
              (np.uint32, 1, "32-bit integer")]
@@ -447,3 +448,10 @@ def test_damaged_files_end_in_a_picture_or_one_sentence(tmp_path, rgb):
             assert read_image(path, max_pixels=10**6).pixels.shape[2] == 3
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
+def test_a_resolution_of_pillows_fractions_is_a_plain_number(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (64, 64), (200, 120, 180)).save(path, dpi=(50800, 50800))
+    mpp = read_image(path).mpp
+    assert type(mpp) is float and mpp == pytest.approx(0.5)

@@ -368,7 +368,7 @@ def test_command_writes_every_format_and_says_what_it_does(run, tmp_path):
     assert outputs(tmp_path / "out") == sorted(f"a{suffix}" for suffix, _ in infer.FORMATS.values())
     first, *last = out.splitlines()
     precision = "bf16" if infer.pick_precision(torch.device("cpu")) else "fp32"
-    assert first == (f"1 image; {tmp_path / 'tiny.pt'}: one, two at 0.25 µm per pixel; "
+    assert first == (f"1 image; tiny.pt: one, two at 0.25 µm per pixel; "
                      f"on cpu in {precision}")
     assert len(last) == 3 and " nuclei in 1 image: one " in last[0]
     assert last[1].startswith("0.00 megapixels at 0.26 µm per pixel (--mpp) in ")
@@ -417,6 +417,21 @@ def test_notes_on_a_picture_are_warnings_that_name_it(run, tmp_path):
     assert code == 0 and err.startswith(f"warning: {tmp_path / 'white.png'}: it is nearly white")
 
 
+def test_a_resolution_that_the_file_denies_is_said(run, tmp_path):
+    image = picture(tmp_path / "a.png", dpi=(50800, 50800))
+    code, _, err = run(image, "--formats", "csv", "--mpp", "0.25")
+    assert code == 0 and err == (f"warning: {image}: it states 0.5 µm per pixel (PNG pHYs), but "
+                                 "--mpp 0.25 is used\n")
+    assert run(image, "--formats", "csv", "--mpp", "0.51", "--overwrite")[2] == ""
+
+
+def test_a_summary_that_cannot_be_written_ends_in_a_sentence(run, tmp_path):
+    (tmp_path / "out" / "summary.csv").mkdir(parents=True)  # as if a spreadsheet held it
+    code, _, err = run(picture(tmp_path / "a.png"), "--formats", "csv")
+    assert code == 1 and err.startswith("error: ") and "check path, permissions" in err
+    assert outputs(tmp_path / "out") == ["a_nuclei.csv"] and err.count("\n") == 1
+
+
 def test_images_of_one_stem_keep_apart(run, tmp_path):
     picture(tmp_path / "in" / "a.png"), picture(tmp_path / "in" / "a.jpg")
     assert run(tmp_path / "in", "--formats", "csv")[0] == 0
@@ -441,6 +456,7 @@ def test_calls_that_make_no_sense_end_with_one_sentence(run, tmp_path):
         ([image, "--mpp", "nan"], "nan µm per pixel is implausible"),
         ([image, "--keep", "three"], "--keep three: no such class; choose from one, two"),
         ([image, "--classes", "x"], "--classes has 1 names"),
+        ([image, "--classes", "x, y", "--keep", "one"], "no such class; choose from x, y"),
         ([image, "--export", "half.pt"], "--export is gone; run python convert.py theirs.pth"),
         ([image, "--checkpoint", tmp_path / "none.pt"], "none.pt: no such checkpoint"),
         ([image, "--checkpoint", tmp_path / "fake.pt"], "fake.pt: "),
@@ -486,6 +502,7 @@ def test_an_interrupted_run_resumes_and_another_is_refused(run, tmp_path, monkey
     assert code == 130 and err == (f"stopped: what is done is kept in {tmp_path / 'out'}; "
                                    "the same command goes on from there\n")
     assert outputs(tmp_path / "out") == ["a_nuclei.csv"]
+    assert [row["name"] for row in summary(tmp_path / "out")] == ["a.png"]
     code, out, _ = run(tmp_path / "in", "--formats", "csv")
     assert code == 0 and calls == ["a", "b", "b", "c"]
     assert "1 image already done (" in out and "nuclei in 2 images" in out
@@ -518,15 +535,28 @@ def test_only_the_classes_to_keep_are_written(run, tmp_path, monkeypatch):
         every = [row["class"] for row in csv.DictReader(file)]
     kept = every[0]
     words = "--formats", "csv", "npy", "--keep", kept, "--overwrite"
-    assert run(image, *words)[0] == 0
+    code, out, _ = run(image, *words)
+    assert code == 0
     with open(tmp_path / "out" / "a_nuclei.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == [name for name in every if name == kept]
     assert np.load(tmp_path / "out" / "a_instances.npy").max() == len(rows)
-    assert int(summary(tmp_path / "out")[0]["nuclei"]) == len(rows)
+    row = summary(tmp_path / "out")[0]
+    assert int(row["nuclei"]) == int(row[kept]) == len(rows)
+    other = {"one": "two", "two": "one"}[kept]  # was not written, which is not 0
+    assert other not in row and f"nuclei in 1 image: {kept} {len(rows)}\n" in out
 
 
 def test_a_density_that_is_a_normalised_sum_gets_peaks_by_prominence(run, tmp_path):
     save_checkpoint(tmp_path / "sum.pt", tiny_model(reconstruct={"combine": "sum"}))
     code, out, _ = run(picture(tmp_path / "a.png"), "--checkpoint", tmp_path / "sum.pt")
     assert code == 0 and "peaks are found by prominence" in out.splitlines()[0]
+
+
+def test_tile_and_halo_are_the_callers_or_the_files_or_the_defaults():
+    model = nn.Identity()
+    model.config = {}
+    assert infer.sides_of(model) == (None, infer.HALO)
+    model.config |= {"tile": 256, "halo": 32}
+    assert infer.sides_of(model) == (256, 32)
+    assert infer.sides_of(model, tile=64, halo=0) == (64, 0)

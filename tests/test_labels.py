@@ -154,6 +154,12 @@ def test_classes_of_features(tmp_path):
     assert list(classes.values()) == ["Tumor", "", "Tumor: Positive", ""]
     assert np.sum(inst_map == 4) == 36  # of a cell the nucleus
 
+    # QuPath writes a list if "FeatureCollection" is not ticked; one object alone is a feature
+    (tmp_path / "list.geojson").write_text(json.dumps(features))
+    assert np.array_equal(read_labels(tmp_path / "list.geojson", SHAPE)[0], inst_map)
+    (tmp_path / "one.geojson").write_text(json.dumps(features[0]))
+    assert list(read_labels(tmp_path / "one.geojson", SHAPE)[2].values()) == ["Tumor"]
+
 
 def test_wrong_geojson_ends_in_a_sentence(tmp_path):
     inside = [feature([square(10 * k + 2, 10 * k % 50 + 2)]) for k in range(5)]

@@ -13,7 +13,7 @@ from PIL import Image
 
 import train as script
 from data import CONSEP_CLASSES, Source, open_source, synthetic_tissue
-from dualunet import DualUNet, dual_loss, load_model, read_checkpoint
+from dualunet import DualUNet, dual_loss, load_model, read_checkpoint, save_checkpoint
 from evaluate import OFFSETS
 from recipes import PRESETS, make_parser
 from train import (LabelledSet, average_into, build_model, class_weights, main,
@@ -508,7 +508,7 @@ def test_memory_that_is_too_small_names_the_options(folder, tmp_path, monkeypatc
         "error: out of memory; use a smaller --batch or --crop")
 
 
-def test_init_keeps_all_but_the_rows_of_other_classes(run, capsys):
+def test_init_keeps_all_but_the_rows_of_other_classes(run, tmp_path, capsys):
     other = build_model(parse_options(SMALL), ["nucleus"])
     head = other.segmentation_head.weight.clone()
     start_from(other, run / "best.pt")
@@ -532,6 +532,22 @@ def test_init_keeps_all_but_the_rows_of_other_classes(run, capsys):
     loaded = loaded["segmentation_head.weight"]
     assert torch.equal(head.weight[[0, 1, 3]], loaded[[0, 3, 1]])
     assert not any(torch.equal(head.weight[2], row) for row in loaded)
+
+    # of a network of one class, every new class takes the row, and so the outlines
+    save_checkpoint(tmp_path / "one.pt", other)
+    start_from(model, tmp_path / "one.pt")
+    assert capsys.readouterr().out.endswith("miscellaneous, which begin as its nucleus\n")
+    assert torch.equal(head.weight[1:], other.segmentation_head.weight[1:].expand(3, -1, -1, -1))
+    assert torch.equal(head.bias[0], other.segmentation_head.bias[0])
+
+
+def test_labels_without_any_nucleus_are_refused(tmp_path, capsys):
+    empty = write_folder(tmp_path / "empty", types=False)
+    for path in (empty / "labels").iterdir():
+        Image.new("L", (96, 96)).save(path)
+    error = fails(capsys, "--data", str(empty), "--out", str(tmp_path / "r"), *TINY)
+    assert error == (f"error: {empty}: no nucleus in the labels of the training images; look at "
+                     "them with python data.py")
 
 
 def test_partial_classes_and_another_resolution_go_the_whole_way(folder, tmp_path, capsys):
