@@ -328,6 +328,9 @@ class DualUNet(nn.Module):
 
         # one encoder; image_skip adds a feature at full resolution
         self.encoder = ENCODERS[encoder]() if isinstance(encoder, str) else encoder
+        if not len(self.encoder.channels) == len(self.encoder.strides) == 5:
+            raise ValueError(f"the encoder's channels are {self.encoder.channels}, its strides "
+                             f"{self.encoder.strides}; expected five of each, finest first")
         self.image_skip = conv_norm_relu(3, image_skip) if image_skip else None
 
         # two decoders with one head each
@@ -363,6 +366,8 @@ class DualUNet(nn.Module):
         images: (N, 3, H, W) float in [0, 1], of any H and W: they are padded to multiples of 32.
         Returns logits (N, K + 1, H, W) and density (N, 1, H, W), both float32, even under autocast.
         """
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; expected float in [0, 1]: divide by 255")
         height, width = images.shape[-2:]
         x = (images - self.mean) / self.std
         if height % 32 or width % 32:  # unlike reflection, replication works at any size

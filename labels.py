@@ -207,9 +207,12 @@ def read_features(path):
     result = []
     with explain_errors(path, "GeoJSON file", "export a FeatureCollection from QuPath"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):  # QuPath also writes a plain list, or one feature alone
-            content = content.get("features", [content])
-        for feature in content:
+        features = content  # QuPath writes a plain list if FeatureCollection is not ticked
+        if isinstance(content, dict):
+            if "features" not in content:
+                raise ValueError("it has no features; an object alone is not all of an image")
+            features = content["features"]
+        for feature in features:
             rings = feature_rings(feature)
             if not rings:
                 raise ValueError("a feature has no coordinates")

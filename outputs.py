@@ -96,9 +96,9 @@ def legend(labels, colors, size):
 
 
 def add_legend(canvas, result):
-    """Draws a see-through legend of a result's classes into a corner of its (H, W, 3) uint8 picture.
+    """Draws a see-through legend into a corner of (H, W, 3) uint8; a tiny image gets none.
 
-    It has the classes that occur, for --keep may leave others out; a tiny image gets none.
+    It lists the classes that occur, because --keep may leave others out.
     """
     labels, colors = [], []
     for name, count, color in zip(result.class_names, result.counts(), result.colors):

@@ -296,9 +296,9 @@ def test_the_check_warns_of_doubtful_classes_and_sizes(tmp_path, capsys):
     printed = problems_of(tmp_path / "set", capsys, "--data-mpp", "0.1")
     for words in ("classes 'smal' and 'small' are nearly alike", "class '1' is a number among",
                   "class 'smal' has 1 nuclei, the first in tile1: misspelt, or too rare?",
-                  "  large: 1\n", "\n0 problems",
-                  "of unknown class: 2", "median diameter: 1.4 µm at 0.1 µm per pixel (usual: 6 to",
-                  "warning: that is far off; 0.25 µm per pixel is 40x, 0.5 is 20x; give --data-mpp"):
+                  "  large: 1\n", "\n0 problems", "of unknown class: 2",
+                  "median diameter: 1.4 µm at 0.1 µm per pixel (usual: 6 to 10",
+                  "warning: that is far off; 0.25 µm per pixel is 40x, 0.5 is 20x; give --data-m"):
         assert words in printed
     printed = problems_of(tmp_path / "set", capsys, "--classes", "small, large")
     for name in ("1", "smal"):

@@ -173,6 +173,12 @@ def test_constructor_refuses_what_it_does_not_know():
         DualUNet(num_classes=1, encoder="vgg")
     with pytest.raises(ValueError, match="has 4 entries; give 5"):
         DualUNet(num_classes=1, decoder_channels=(8, 8, 8, 8))
+    encoder = ToyEncoder()
+    encoder.channels = encoder.channels[:4]
+    with pytest.raises(ValueError, match="the encoder's channels are .*; expected five of each"):
+        DualUNet(num_classes=1, encoder=encoder)
+    with pytest.raises(ValueError, match="images are torch.uint8; .* divide by 255"):
+        small_model()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 # ---------------------------------------------------------------- an encoder of one's own

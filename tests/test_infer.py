@@ -71,6 +71,7 @@ class Darkness(nn.Linear):
 
     def __init__(self):
         super().__init__(1, 1)
+        self.config = dict(self.config)  # which --classes changes
         self.eval()
 
     def fuse(self, dtype):
@@ -253,6 +254,8 @@ def test_bad_arguments_are_named():
         (ValueError, r"expected \(height, width, 3\)", model.image[..., 0], {}),
         (ValueError, r"expected \(height, width, 3\)", model.image[:0], {}),
         (ValueError, "expected uint8", model.image / 255, {}),
+        (ValueError, "image is a str; expected an array", "image.png", {}),
+        (ValueError, "mpp: 500 µm per pixel is implausible", model.image, {"mpp": 500}),
     ]:
         with pytest.raises(kind, match=words):
             predict(model, image, **options)

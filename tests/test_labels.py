@@ -154,11 +154,9 @@ def test_classes_of_features(tmp_path):
     assert list(classes.values()) == ["Tumor", "", "Tumor: Positive", ""]
     assert np.sum(inst_map == 4) == 36  # of a cell the nucleus
 
-    # QuPath writes a list if "FeatureCollection" is not ticked; one object alone is a feature
+    # QuPath writes a list if "FeatureCollection" is not ticked
     (tmp_path / "list.geojson").write_text(json.dumps(features))
     assert np.array_equal(read_labels(tmp_path / "list.geojson", SHAPE)[0], inst_map)
-    (tmp_path / "one.geojson").write_text(json.dumps(features[0]))
-    assert list(read_labels(tmp_path / "one.geojson", SHAPE)[2].values()) == ["Tumor"]
 
 
 def test_wrong_geojson_ends_in_a_sentence(tmp_path):
@@ -175,6 +173,9 @@ def test_wrong_geojson_ends_in_a_sentence(tmp_path):
              "id 1 covers 6 separate pieces")):
         with pytest.raises(ValueError, match=f"a.geojson: .*{words}"):
             read_labels(write_geojson(tmp_path / "a.geojson", features), SHAPE)
+    (tmp_path / "a.geojson").write_text(json.dumps(inside[0]))
+    with pytest.raises(ValueError, match="it has no features; an object alone is not all of an im"):
+        read_labels(tmp_path / "a.geojson", SHAPE)
     for text in ("[7]", "7", '{"features": [{"geometry": 7}]}', '[{"properties": [7]}]'):
         (tmp_path / "a.geojson").write_text(text)
         with pytest.raises(ValueError, match="not a readable GeoJSON file.*from QuPath"):

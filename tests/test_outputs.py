@@ -215,6 +215,24 @@ def test_the_overlay_registers_on_the_image(tmp_path):
     assert np.array_equal(np.array(Image.open(tmp_path / "b.png")), tiny.image)
 
 
+def test_the_legend_lists_the_classes_that_occur(monkeypatch):
+    legend, listed = outputs.legend, []
+
+    def noted(labels, colors, size):
+        listed.append((labels, colors))
+        return legend(labels, colors, size)
+
+    monkeypatch.setattr(outputs, "legend", noted)
+    found = make_result(300, 400, 2)
+    outputs.add_legend(found.image, found)
+    kinds = found.nuclei.classes.tolist()
+    assert listed == [([f"{NAMES[k - 1]} 1" for k in kinds], [COLORS[k - 1] for k in kinds])]
+    empty = make_result(300, 400, 0)
+    before = empty.image.copy()
+    outputs.add_legend(empty.image, empty)
+    assert np.array_equal(empty.image, before) and len(listed) == 1
+
+
 def test_lines_grow_with_the_image(tmp_path):
     inst_map = np.zeros((30, 4001), np.int32)
     inst_map[5:25, 2000:2020] = 1
@@ -340,6 +358,17 @@ def test_curves_take_what_there_is(tmp_path):
         draw_curves(records, tmp_path / "curves.png")
         with Image.open(tmp_path / "curves.png") as file:
             assert min(file.size) > 300
+
+
+def test_losses_fill_their_plot_and_a_wild_value_does_not_flatten_the_rest(tmp_path, monkeypatch):
+    plot, tops = outputs.plot, []
+    monkeypatch.setattr(outputs, "plot", lambda *words: tops.append(words[-1]) or plot(*words))
+    for values, top in (((2.5, 2, 1), 2.5), ((1000, 2, 1), 6)):
+        records = []
+        for epoch, value in enumerate(values, 1):
+            records.append({"epoch": epoch} | dict.fromkeys(outputs.LOSSES, value))
+        draw_curves(records, tmp_path / "curves.png")
+        assert tops[-2] == top
 
 
 # ---------------------------------------------------------------- outlines

@@ -86,7 +86,7 @@ def test_the_closing_lines_say_which_resolutions_were_used():
     config = {"class_names": ["x"], "mpp": 0.25, "licence": None}
     new = []
     for k in range(5):
-        row = {"nuclei": 1000, "megapixels": 1.5, "um_per_pixel": 0.3 + k / 10}
+        row = {"nuclei": 1000, "x": 1000, "megapixels": 1.5, "um_per_pixel": 0.3 + k / 10}
         new.append({"counts": [1000], "row": row, "mpp_source": "the slide"})
     new.append({"counts": [0], "row": row | {"um_per_pixel": None}, "mpp_source": "assumed"})
     lines = runs.closing_lines(new, [], {"bad"}, config, 2.0, "out")
