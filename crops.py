@@ -20,11 +20,10 @@ from PIL import Image
 from scipy import ndimage
 
 from data import UNKNOWN_CLASS, class_lookup, nucleus_classes
-from images import resample
+from images import SAME_MPP, reflect, resample
 from postprocess import centroids_of, density_map
 
 CACHE_BYTES = 8 * 2**30  # ours: images that do not fit are read again for every crop
-SAME_MPP = 0.05  # ours: below this no resampling, since the sizes of nuclei vary more
 HED = np.array([[0.650, 0.704, 0.286],   # haematoxylin: optical density of red, green, blue
                 [0.072, 0.990, 0.105],   # eosin
                 [0.268, 0.570, 0.776]])  # residual; all three Ruifrok, Johnston 2001
@@ -80,13 +79,6 @@ def prepare(source, i, lookup, mpp, sigma, combine):
     density = density_map(centroids, type_map.shape, sigma=sigma, combine=combine)
     density = np.round(255 * density).astype(np.uint8)
     return Sample(image, type_map, density, centroids, classes)
-
-
-def reflect(start, stop, size):
-    """Indices start..stop-1 of a line of `size` pixels, reflected at its ends again and again."""
-    period = max(2 * (size - 1), 1)
-    index = np.arange(start, stop) % period
-    return np.minimum(index, period - index)
 
 
 def cut(arrays, y0, x0, height, width):

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import ImageColor
 from scipy import ndimage
 
-from images import check_mpp, explain_errors, read_image
+from images import SAME_MPP, check_mpp, explain_errors, read_image
 from labels import (LAYOUTS, UNKNOWN_CLASS, class_table, find_files, folder_classes, match_classes,
                     number_ids, only_label, read_labels, read_names)
 from outputs import outlined, titled_panel
@@ -32,7 +32,6 @@ CONSEP_TYPES = (0, 1, 2, 2, 3, 3, 3)  # published: its seven types merged to the
 PANNUKE_CLASSES = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
 PANNUKE_SPLITS = {1: (1, 2, 3), 2: (2, 1, 3), 3: (3, 2, 1)}  # published: train, val, test fold
 USUAL_MPP = 0.25  # 40x: CoNSeP, PanNuke, and files that state nothing
-SAME_MPP = 0.05  # ours: a smaller difference is ignored, since the sizes of nuclei vary more
 FAR_OFF = (4, 12)  # ours: µm; medians of nine sets are 4.1 to 7.8, or half if 20x is taken for 40x
 RARE = 20  # ours: a class of fewer nuclei teaches nothing, and may be a misspelt name
 COLORS = ("cyan", "red", "blue", "lime", "yellow", "orange")  # of classes, in order; first CoNSeP's

@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".w
                   ".gif")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")  # ours: none starts programs
 MAX_PIXELS = 2**28  # ours: larger files are not decoded; some need 30 bytes a pixel
+SAME_MPP = 0.05  # ours: a smaller difference is ignored, since the sizes of nuclei vary more
 ADVICE = "copy it again, or save it as PNG"
 
 
@@ -393,6 +394,13 @@ def image_size(path):
             return main_pages(pages)[0][1:3]
         with open_image(path, math.inf) as image:
             return image.height, image.width
+
+
+def reflect(start, stop, size):
+    """Indices start..stop-1 of a line of `size` pixels, reflected at its ends again and again."""
+    period = max(2 * (size - 1), 1)
+    index = np.arange(start, stop) % period
+    return np.minimum(index, period - index)
 
 
 def resample(pixels, shape):

@@ -31,7 +31,7 @@ from scipy import ndimage
 
 from convert import load_any_model
 from dualunet import class_colors
-from images import MAX_PIXELS, check_mpp
+from images import MAX_PIXELS, check_mpp, reflect
 from outputs import FORMATS, Result, summary_row, write_outputs, write_summary
 from pictures import (LARGE, Picture, array_level, differ, is_large, measure_again, moved,
                       open_picture)
@@ -109,13 +109,6 @@ def lay_tiles(model, picture, tile, halo, batch):
         tile = pick_tile(picture.shape, next(model.parameters()).device, halo, batch)
     check_tiling(tile, halo, batch)
     return tile_cores(*picture.shape[:2], tile)
-
-
-def reflect(start, stop, size):
-    """Indices start..stop-1 of a line of `size` pixels, reflected at its ends again and again."""
-    period = max(2 * (size - 1), 1)
-    index = np.arange(start, stop) % period
-    return np.minimum(index, period - index)
 
 
 def read_window(image, y0, x0, y1, x1):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from images import (IMAGE_SUFFIXES, MAX_PIXELS, colour_notes, explain_errors, image_size,
+from images import (IMAGE_SUFFIXES, MAX_PIXELS, SAME_MPP, colour_notes, explain_errors, image_size,
                     plausible_mpp, read_image)
 from postprocess import measure, select
 
@@ -24,7 +24,6 @@ SLIDE_SUFFIXES = (  # what OpenSlide 4 opens; and .npy, an array on disk
     ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi", ".qptiff",
     ".tif", ".tiff", ".npy")
 LARGE = 10**8  # ours: pixels above which nuclei are kept on disk
-SAME_MPP = 0.05  # ours: below this no resampling, since the sizes of nuclei vary more
 THUMBNAIL = 4096  # ours: longest side of a large picture's overlay; tissue is searched on it
 GLASS = 230  # ours: a pixel with a darker channel is tissue; glass has 235 to 255
 
