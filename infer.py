@@ -65,21 +65,15 @@ def round_up(side):
     return math.ceil(side / STRIDE) * STRIDE
 
 
-def pick_tile(shape, device, halo=HALO, batch=1):
-    """The tile's side: the largest of TILES whose windows take at most half of the memory.
-
-    The image's longer side is then divided into equal parts of at most that size, because only
-    windows of one size can share a batch. A small image is one tile.
-    """
+def pick_tile(device, halo=HALO, batch=1):
+    """The largest of TILES whose windows take at most half of the memory."""
     allowed = memory_of(device) / 2
     largest = TILES[-1]
     for tile in reversed(TILES):
         pixels = batch * (tile + 2 * halo) ** 2
         if pixels * WINDOW_BYTES <= allowed:
             largest = tile
-    longest = max(shape[:2])
-    parts = math.ceil(longest / largest)
-    return round_up(longest / parts)
+    return largest
 
 
 def tile_cores(height, width, tile):
@@ -104,11 +98,17 @@ def sides_of(model, tile=None, halo=None):
 
 
 def lay_tiles(model, picture, tile, halo, batch):
-    """The cores of a picture. Raises: ValueError for a grid that cannot be laid."""
+    """The cores of a picture: its longer side in equal parts of at most `tile`.
+
+    Raises: ValueError for a grid that cannot be laid.
+    """
     if tile is None:
-        tile = pick_tile(picture.shape, next(model.parameters()).device, halo, batch)
+        tile = pick_tile(next(model.parameters()).device, halo, batch)
     check_tiling(tile, halo, batch)
-    return tile_cores(*picture.shape[:2], tile)
+    height, width = picture.shape[:2]
+    longest = max(height, width)
+    parts = math.ceil(longest / tile)
+    return tile_cores(height, width, round_up(longest / parts))
 
 
 def read_window(image, y0, x0, y1, x1):
@@ -286,8 +286,8 @@ def predict(model, image, *, mpp=None, tile=None, halo=None, batch=1, dtype=None
     image: anything with `.shape` (H, W, 3) and `image[y0:y1, x0:x1]` -> uint8 RGB.
     mpp: its µm per pixel (None: the model's). If it differs from the model's by 5 % or more, the
     network sees a resampled image; the nuclei are still in the image's own pixels.
-    tile, halo: side of a tile's core and width of the margin around it, multiples of 32 (None: as
-    the model's file says, else see `pick_tile` and HALO).
+    tile, halo: largest side of a tile's core and width of the margin around it, multiples of 32
+    (None: as the model's file says, else see `pick_tile` and HALO).
     batch: number of tiles that the network takes at once.
     dtype: None, or a half precision for autocast. flips: the mean over four mirrorings of every
     tile, more accurate in four times the time. pool: an executor that reconstructs while the GPU
@@ -356,8 +356,8 @@ def parse_arguments(argv):
     option("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: a GPU, if any)")
     option("--precision", default="auto", choices=("auto", "bf16", "fp32"),
            help="precision of the network except its heads (default: bf16 if the processor has it)")
-    option("--tile", type=int, help="side of a tile without margin, a multiple of 32 (default: "
-           f"the checkpoint's, else as large as image and memory allow, at most {TILES[0]})")
+    option("--tile", type=int, help="largest side of a tile without margin, a multiple of 32 "
+           f"(default: the checkpoint's, else what memory allows, at most {TILES[0]})")
     option("--halo", type=int, help="margin around a tile, a multiple of 32 (default: the "
            f"checkpoint's, else {HALO})")
     option("--batch", type=int, default=1, help="tiles computed at once; more need more memory "

@@ -366,7 +366,6 @@ def find_place(options):
     device = pick_device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True  # all crops have one size
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -567,6 +566,7 @@ def train_epoch(run, network, epoch):
     loader = make_loader(run, epoch)
     sums = torch.zeros(4, device=device)
     run.model.train()
+    torch.backends.cudnn.benchmark = True  # all crops have one size, the windows later have many
     for step, (images, type_map, density) in enumerate(loader):
         # rate
         done = epoch * run.steps + step
@@ -601,6 +601,7 @@ def train_epoch(run, network, epoch):
         sums += torch.stack([value.detach() for value in terms.values()])
         if rank == 0:
             show_step(run, epoch, step, loss, start)
+    torch.backends.cudnn.benchmark = False
     means = (sums / run.steps).tolist()
     return dict(zip(terms, means)) | {"rate": rate}
 

@@ -1,6 +1,7 @@
 """infer.py: tiles, the rule where two claim a nucleus, resolution, and the command."""
 
 import csv
+import math
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -149,13 +150,26 @@ def test_a_network_shows_the_grid_hardly(network):
 def test_the_tile_follows_the_image_and_the_memory(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(infer, "memory_of", lambda device: 2**35)
-    tiles = {100: 128, 2048: 2048, 2049: 1056, 5824: 1952, 100_000: 2048}
-    for side, tile in tiles.items():
-        assert infer.pick_tile((50, side, 3), cpu) == tile
-    assert infer.pick_tile((5824, 5824), cpu, batch=8) == 992  # eight windows of 2304 are too much
+    assert infer.pick_tile(cpu) == 2048
+    assert infer.pick_tile(cpu, batch=8) == 1024  # eight windows of 2304 are too much
+    network = torch.nn.Linear(1, 1)
+    sides = {100: 128, 2048: 2048, 2049: 1056, 5824: 1952, 100_000: 2048}
+    for side, tile in sides.items():
+        picture = Picture([array_level(np.empty((50, side, 3), np.uint8))])
+        first = infer.lay_tiles(network, picture, None, 128, 1)[0]
+        assert first == (0, 0, 64, tile)
     monkeypatch.setattr(infer, "memory_of", lambda device: 2**20)
-    assert infer.pick_tile((5824, 5824), cpu) == 256
+    assert infer.pick_tile(cpu) == 256
     assert runs.memory_of(cpu) > 2**28
+
+
+@pytest.mark.parametrize("side, given, used", [(270, 256, 160), (512, 256, 256), (1000, 256, 256)])
+def test_tiles_are_equal_parts(side, given, used):
+    network = torch.nn.Linear(1, 1)
+    picture = Picture([array_level(np.empty((side, side, 3), np.uint8))])
+    cores = infer.lay_tiles(network, picture, given, 32, 1)
+    assert len(cores) == math.ceil(side / given) ** 2
+    assert {y1 - y0 for y0, _, y1, _ in cores} <= {used, infer.round_up(side) - used}
 
 
 @pytest.fixture(scope="module")
