@@ -199,8 +199,8 @@ class InvertedResidual(nn.Module):
         self.shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x):
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = F.relu6(self.depthwise(y))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = F.relu6(self.depthwise(y), inplace=True)
         y = self.project(y)
         return x + y if self.shortcut else y
 
@@ -232,7 +232,7 @@ class EfficientNetLite(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
 
     def forward(self, x):
-        x = F.relu6(self.stem(x))
+        x = F.relu6(self.stem(x), inplace=True)
         outputs = []
         for stage in self.stages:
             x = stage(x)

@@ -44,6 +44,7 @@ from slides import WRITERS, Tiles, load_nuclei, save_nuclei, writing_alone
 STRIDE = 32  # the encoders' total stride; tiles start at multiples of it, so all have one grid
 HALO = 128  # ours: 99.9 % of nuclei are as without tiles; with 64 px 99 %
 TILES = (2048, 1024, 512, 256)  # ours: with halo 128 they read 1.27, 1.56, 2.25, 4 times the area
+BATCH_PIXELS = 2**21  # ours: of the windows computed at once; single small ones leave a GPU idle
 WINDOW_BYTES = 700  # measured: the most that a pixel of a window takes (ConvNeXt-B in fp32)
 CHECKPOINT = Path(__file__).parent / "weights" / "consep.pt"
 
@@ -56,7 +57,7 @@ def check_tiling(tile, halo, batch):
     if tile <= 0 or halo < 0 or tile % STRIDE or halo % STRIDE:
         raise ValueError(f"tile is {tile} and halo {halo}; expected multiples of {STRIDE}, "
                          f"the tile at least {STRIDE}")
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1 tile")
 
 
@@ -65,12 +66,12 @@ def round_up(side):
     return math.ceil(side / STRIDE) * STRIDE
 
 
-def pick_tile(device, halo=HALO, batch=1):
+def pick_tile(device, halo=HALO, batch=None):
     """The largest of TILES whose windows take at most half of the memory."""
     allowed = memory_of(device) / 2
     largest = TILES[-1]
     for tile in reversed(TILES):
-        pixels = batch * (tile + 2 * halo) ** 2
+        pixels = (batch or 1) * (tile + 2 * halo) ** 2
         if pixels * WINDOW_BYTES <= allowed:
             largest = tile
     return largest
@@ -174,19 +175,21 @@ def results_in_order(submit, items, depth):
         yield waiting.popleft().result()
 
 
-def batches_of(cores, batch):
-    """Lists of at most `batch` cores, consecutive and of one size."""
+def batches_of(cores, halo, batch=None):
+    """Lists of at most `batch` cores (None: of BATCH_PIXELS), consecutive and of one size."""
     def core_size(core):
         return core[2] - core[0], core[3] - core[1]
 
-    for _, group in groupby(cores, core_size):
+    for (height, width), group in groupby(cores, core_size):
         group = list(group)
-        for first in range(0, len(group), batch):
-            yield group[first:first + batch]
+        pixels = (height + 2 * halo) * (width + 2 * halo)
+        count = batch or max(1, BATCH_PIXELS // pixels)
+        for first in range(0, len(group), count):
+            yield group[first:first + count]
 
 
-def predict_tiles(model, picture, cores, *, halo=HALO, batch=1, dtype=None, flips=False, pool=None,
-                  **options):
+def predict_tiles(model, picture, cores, *, halo=HALO, batch=None, dtype=None, flips=False,
+                  pool=None, **options):
     """Yields (origin, nuclei) of every core; the arguments are those of `predict`.
 
     Label map and coordinates count from the origin (y, x), in the picture's own pixels.
@@ -203,7 +206,7 @@ def predict_tiles(model, picture, cores, *, halo=HALO, batch=1, dtype=None, flip
     def jobs():
         with ThreadPoolExecutor(1) as reader:  # reads while the network computes
             ahead = partial(reader.submit, read)
-            for chunk, windows in results_in_order(ahead, batches_of(cores, batch), 1):
+            for chunk, windows in results_in_order(ahead, batches_of(cores, halo, batch), 1):
                 both = predict_maps(model, windows, dtype=dtype, flips=flips)
                 for core, class_probability, density in zip(chunk, *both):
                     yield core, halo, picture.shape, class_probability, density, options
@@ -279,7 +282,7 @@ def without_overlap(tiles):
         yield origin, nuclei
 
 
-def predict(model, image, *, mpp=None, tile=None, halo=None, batch=1, dtype=None, flips=False,
+def predict(model, image, *, mpp=None, tile=None, halo=None, batch=None, dtype=None, flips=False,
             pool=None, progress=None, **options):
     """All nuclei of an image of any size, ids in the scan order of the peaks.
 
@@ -288,7 +291,7 @@ def predict(model, image, *, mpp=None, tile=None, halo=None, batch=1, dtype=None
     network sees a resampled image; the nuclei are still in the image's own pixels.
     tile, halo: largest side of a tile's core and width of the margin around it, multiples of 32
     (None: as the model's file says, else see `pick_tile` and HALO).
-    batch: number of tiles that the network takes at once.
+    batch: number of tiles that the network takes at once (None: two megapixels of windows).
     dtype: None, or a half precision for autocast. flips: the mean over four mirrorings of every
     tile, more accurate in four times the time. pool: an executor that reconstructs while the GPU
     computes. progress: called with the number of finished tiles and of all tiles. options: those
@@ -360,8 +363,8 @@ def parse_arguments(argv):
            f"(default: the checkpoint's, else what memory allows, at most {TILES[0]})")
     option("--halo", type=int, help="margin around a tile, a multiple of 32 (default: the "
            f"checkpoint's, else {HALO})")
-    option("--batch", type=int, default=1, help="tiles computed at once; more need more memory "
-           "(default: 1)")
+    option("--batch", type=int, help="tiles computed at once; more need more memory "
+           "(default: 2 megapixels)")
     option("--workers", type=int, help="processes that turn maps into nuclei while the network "
            "computes (default: with a GPU one per core, at most 8; else none)")
     option("--compile", action="store_true", help="use torch.compile: takes a minute "

@@ -93,18 +93,18 @@ def test_help_is_in_groups_and_every_option_holds_its_default(capsys, monkeypatc
 
 def test_what_is_given_counts_more_than_a_preset_and_that_more_than_a_default():
     options = parse_options(["--preset", "consep", "--batch", "8", "--mpp", "0.25"])
-    assert options.batch == 8 and options.crop == 256 and options.schedule == "cosine"
+    assert options.batch == 8 and options.crop == 320 and options.schedule == "cosine"
     assert options.given == ["batch", "mpp", "preset"]
     assert options.unknown == ["crchisto:miscellaneous"] and len(options.val) == 5
     for name in ("consep", "nuclei", "nuclei20x"):
         options = parse_options(["--preset", name])
         assert options.calibrate and options.encoder_weights == "imagenet"
         assert len(options.data) == len(options.share)
-        assert options.epochs * options.steps * options.batch >= 2400 * 32
+        assert options.epochs * options.steps >= 2000
     assert options.mpp == 0.5 and options.one_class
     own = parse_options(["--preset", "consep", "--data", "mine"])
     assert own.data == ["mine"] and own.share is own.val is own.classes is None
-    assert own.unknown == [] and own.rare == 0.5 and own.crop == 256
+    assert own.unknown == [] and own.rare == 0.5 and own.crop == 320
     assert not parse_options([]).calibrate
     parser = make_parser()
     assert all(set(preset) <= set(vars(parser.parse_args([]))) for preset in PRESETS.values())
