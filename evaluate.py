@@ -237,7 +237,7 @@ def open_predicted(options, source):
     model = load_any_model(path, device)
     split = read_checkpoint(path).get("split", split)
     network = model.fuse(pick_precision(device, options.precision))
-    find = finder(network, source, flips=options.flips)
+    find = finder(network, source, flips=options.flips, tile=options.tile)
     return model.config["class_names"], split, find
 
 
@@ -306,6 +306,8 @@ def parse_options(argv=None):
     add("--data-mpp", type=float, metavar="MPP", help="µm per pixel of the images (default: as "
         "the files state, else 0.25)")
     add("--flips", action="store_true", help="mean over four mirrorings, in four times the time")
+    add("--tile", type=int, help="largest side of a tile, a multiple of 32 (default: the "
+        "checkpoint's)")
     add("--worst", type=int, default=3, metavar="N", help="how many images to draw (default: 3)")
     add("--out", default="evaluation", metavar="FOLDER", help="where to write (default: "
         "evaluation)")

@@ -136,6 +136,8 @@ def test_wrong_calls_end_in_a_sentence(checkpoint, folder, predictions, tmp_path
         capsys, checkpoint, "--data", folder, "--val", "stranger")
     assert "--data-mpp: 72 µm per pixel is implausible" in fails(
         capsys, checkpoint, "--data", folder, "--data-mpp", "72")
+    assert "tile is 50 and halo 128; expected multiples of 32" in fails(
+        capsys, checkpoint, "--data", folder, "--tile", "50")
     assert f"none of the validation images of {checkpoint} is here; --all scores every image" in (
         fails(capsys, checkpoint, "--data", "synthetic"))
     (tmp_path / "empty").mkdir()
