@@ -1,10 +1,13 @@
 """What the tests share: the modules on the path, warnings as errors, a tile of synthetic tissue."""
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -27,3 +30,21 @@ def tissue():
     from data import synthetic_tissue
 
     return synthetic_tissue(3)
+
+
+def write_tiles(folder, seeds, side=96):
+    """A plain folder of tiles t0, t1, ... of synthetic tissue, `side` pixels wide, with classes."""
+    from data import CONSEP_CLASSES, nucleus_classes, synthetic_tissue
+
+    for name in ("images", "labels", "types"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.json").write_text(json.dumps(CONSEP_CLASSES))
+    for i, seed in enumerate(seeds):
+        image, inst_map, type_map = synthetic_tissue(seed, side)
+        Image.fromarray(image).save(folder / "images" / f"t{i}.png")
+        Image.fromarray(inst_map.astype(np.uint16)).save(folder / "labels" / f"t{i}.png")
+        types = {}
+        for number, k in enumerate(nucleus_classes(inst_map, type_map), 1):
+            types[number] = CONSEP_CLASSES[k - 1]
+        (folder / "types" / f"t{i}.json").write_text(json.dumps(types))
+    return folder

@@ -6,14 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from PIL import Image
+from conftest import ROOT, write_tiles
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import accuracy
 import peers
 import train
-from data import CONSEP_CLASSES, nucleus_classes, synthetic_tissue
 
 TINY = ("--val t1 --init {root}/weights/consep.pt --rate 1e-6 --average 0.5 --class-weights none "
         "--epochs 1 --steps 2 --batch 2 --crop 64 --val-images 0 --workers 0 "
@@ -23,19 +21,7 @@ TINY = ("--val t1 --init {root}/weights/consep.pt --rate 1e-6 --average 0.5 --cl
 @pytest.fixture
 def folder(tmp_path):
     """A plain folder of two 96² tiles of synthetic tissue."""
-    root = tmp_path / "tiles"
-    for name in ("images", "labels", "types"):
-        (root / name).mkdir(parents=True)
-    (root / "classes.json").write_text(json.dumps(CONSEP_CLASSES))
-    for i in range(2):
-        image, inst_map, type_map = synthetic_tissue(i + 33, 96)
-        Image.fromarray(image).save(root / "images" / f"t{i}.png")
-        Image.fromarray(inst_map.astype(np.uint16)).save(root / "labels" / f"t{i}.png")
-        types = {}
-        for number, k in enumerate(nucleus_classes(inst_map, type_map), 1):
-            types[number] = CONSEP_CLASSES[k - 1]
-        (root / "types" / f"t{i}.json").write_text(json.dumps(types))
-    return root
+    return write_tiles(tmp_path / "tiles", (33, 34))
 
 
 @pytest.fixture

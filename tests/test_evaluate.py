@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiles
 from PIL import Image
 from torch import nn
 
@@ -27,18 +28,7 @@ def nuclei_of(inst_map, type_map):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A plain folder of four 96² tiles of synthetic tissue."""
-    root = tmp_path_factory.mktemp("data") / "tiles"
-    for name in ("images", "labels", "types"):
-        (root / name).mkdir(parents=True)
-    (root / "classes.json").write_text(json.dumps(CONSEP_CLASSES))
-    for i in range(4):
-        image, inst_map, type_map = synthetic_tissue(i + 30, 96)
-        Image.fromarray(image).save(root / "images" / f"t{i}.png")
-        Image.fromarray(inst_map.astype(np.uint16)).save(root / "labels" / f"t{i}.png")
-        classes = nuclei_of(inst_map, type_map).classes
-        names = {number: CONSEP_CLASSES[k - 1] for number, k in enumerate(classes, 1)}
-        (root / "types" / f"t{i}.json").write_text(json.dumps(names))
-    return root
+    return write_tiles(tmp_path_factory.mktemp("data") / "tiles", range(30, 34))
 
 
 @pytest.fixture(scope="module")
