@@ -449,7 +449,7 @@ METADATA = {  # what a file states besides the architecture, and the defaults
     "licence": None,  # of the weights
     "sigma": 5.0,  # of the density's peaks, in pixels
     "reconstruct": {},  # options of postprocess.reconstruct that fit this model
-    "tile": None, "halo": None,  # of inference: networks do best on windows as large as their crops
+    "tile": None, "halo": None,  # of inference; windows far larger than the crops harm
 }
 
 

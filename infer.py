@@ -9,7 +9,7 @@
 Network and reconstruction run tile by tile. A tile is a core with a margin around it, the halo. A
 nucleus belongs to the tile whose core holds its peak; maps of tiles are not blended. The network
 needs memory for a batch of tiles only. Under torchrun (RANK and WORLD_SIZE), processes share the
-images of a folder and the tiles of a slide. Needs the modules that it imports beside it.
+images of a folder and the tiles of a slide. Copy the modules that it imports with it.
 """
 
 import argparse
@@ -41,10 +41,10 @@ from runs import (Estimate, Journal, closing_lines, explain, find_images, keep_m
                   show_progress, start_pool, wait_for_notes)
 from slides import WRITERS, Tiles, load_nuclei, save_nuclei, writing_alone
 
-STRIDE = 32  # the encoders' total stride; tiles start at multiples of it, so all have one grid
-HALO = 128  # ours: 99.9 % of nuclei are as without tiles; with 64 px 99 %
+STRIDE = 32  # the encoders' total stride; tiles start at multiples of it, so all share a grid
+HALO = 128  # ours, where a file states none: 99.9 % of nuclei are as without tiles; with 64, 99 %
 TILES = (2048, 1024, 512, 256)  # ours: with halo 128 they read 1.27, 1.56, 2.25, 4 times the area
-BATCH_PIXELS = 2**21  # ours: of the windows computed at once; single small ones leave a GPU idle
+BATCH_PIXELS = 2**21  # ours: in a batch of windows; one small window does not fill a GPU
 WINDOW_BYTES = 700  # measured: the most that a pixel of a window takes (ConvNeXt-B in fp32)
 CHECKPOINT = Path(__file__).parent / "weights" / "consep.pt"
 
@@ -67,7 +67,7 @@ def round_up(side):
 
 
 def pick_tile(device, halo=HALO, batch=None):
-    """The largest of TILES whose windows take at most half of the memory."""
+    """The largest of TILES whose windows take at most half of the memory, else the smallest."""
     allowed = memory_of(device) / 2
     largest = TILES[-1]
     for tile in reversed(TILES):
@@ -99,9 +99,9 @@ def sides_of(model, tile=None, halo=None):
 
 
 def lay_tiles(model, picture, tile, halo, batch):
-    """The cores of a picture: its longer side in equal parts of at most `tile`.
+    """Square cores of a picture: its longer side in parts of at most `tile`, rounded up to STRIDE.
 
-    Raises: ValueError for a grid that cannot be laid.
+    Those at the right and lower edge may be smaller. Raises: ValueError for sizes that do not fit.
     """
     if tile is None:
         tile = pick_tile(next(model.parameters()).device, halo, batch)
@@ -165,7 +165,7 @@ def nuclei_of_core(core, halo, shape, class_probability, density, options):
 
 
 def results_in_order(submit, items, depth):
-    """Yields the results of the futures submit(item) in order, while `depth` more are running."""
+    """Yields the results of the futures submit(item) in order; `depth` of them run ahead."""
     waiting = deque()
     for item in items:
         waiting.append(submit(item))

@@ -213,7 +213,7 @@ def build_model(options, class_names):
         "class_names": class_names, "colors": class_colors(class_names), "mpp": options.mpp,
         "licence": options.licence, "sigma": peaks.pop("sigma"),
         "reconstruct": peaks | {"combine": options.combine},
-        # measured: in windows far larger than the crops, zero padding is rarer, and nuclei shrink
+        # measured: windows far larger than the crops harm
         "tile": max(256, 32 * math.ceil(options.crop / 32)), "halo": 32}
     return model
 
