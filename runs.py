@@ -343,6 +343,15 @@ def resolution_lines(entries, wanted):
     return ", ".join(stated) + more, lines
 
 
+def class_doubts(class_names, counts):
+    """A line if nearly all of many nuclei have one class, as in tissue unlike the training data."""
+    most, total = max(counts), sum(counts)
+    if len(counts) == 1 or total < 100 or most < 0.95 * total:
+        return []
+    return [f"nearly all nuclei are called {class_names[counts.index(most)]}: doubt the classes on "
+            "tissue unlike the training data, see the checkpoint's card"]
+
+
 def closing_lines(new, old, failed, config, seconds, out):
     """The last lines: failures, nuclei of each class, megapixels, seconds, output folder."""
     # Failures come first, then what was done before.
@@ -363,6 +372,8 @@ def closing_lines(new, old, failed, config, seconds, out):
                 classes.append(f"{name} {n:,}")
         megapixels = sum(entry["row"]["megapixels"] for entry in new)
         lines.append(f"{sum(counts):,} nuclei in {plural(len(new), 'image')}: {', '.join(classes)}")
+        if len(classes) == len(counts):
+            lines += class_doubts(config["class_names"], counts)
         stated, assumed = resolution_lines(new, config["mpp"])
         lines.append(f"{megapixels:.2f} megapixels{f' at {stated}' if stated else ''} "
                      f"in {seconds:.1f} s")

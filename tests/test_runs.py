@@ -99,6 +99,22 @@ def test_the_closing_lines_say_which_resolutions_were_used():
     assert lines[-1].endswith("; licence of the weights: not stated")
 
 
+@pytest.mark.parametrize("counts, doubted", [
+    ([0, 95, 5], True), ([0, 94, 6], False), ([99, 0, 0], False), ([1000], False), ([0, 0], False)])
+def test_classes_are_doubted_where_nearly_all_nuclei_have_one(counts, doubted):
+    names = ["a", "b", "c"][:len(counts)]
+    row = dict(zip(names, counts)) | {"nuclei": sum(counts), "megapixels": 1, "um_per_pixel": 0.25}
+    new = [{"counts": counts, "row": row, "mpp_source": "x"}]
+    config = {"class_names": names, "mpp": 0.25, "licence": None}
+    lines = "\n".join(runs.closing_lines(new, [], set(), config, 1.0, "out"))
+    assert ("nearly all nuclei are called b: doubt the classes" in lines) == doubted
+    assert "nearly all" not in lines or doubted
+    if doubted:
+        del row["a"]  # with --keep, no such doubt
+        assert "nearly all" not in "\n".join(
+            runs.closing_lines(new, [], set(), config, 1.0, "out"))
+
+
 def test_the_first_process_answers_for_all(tmp_path):
     runs.leave_note(tmp_path, 1, {"b", "a"})
     runs.leave_note(tmp_path, 2, set())
