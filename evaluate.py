@@ -262,6 +262,7 @@ def evaluate(options):
         return summarise(images, class_names)["classification"]["mean"]
 
     summary |= {"checkpoint": str(options.predicted), "data": str(options.data),
+                "flips": options.flips, "tile": options.tile,
                 "names": [source.names[i] for i in indices],
                 "class_f1_interval": bootstrap_interval(scores, mean_f1)}
     print_table(summary, class_names)
@@ -306,8 +307,8 @@ def parse_options(argv=None):
     add("--data-mpp", type=float, metavar="MPP", help="µm per pixel of the images (default: as "
         "the files state, else 0.25)")
     add("--flips", action="store_true", help="mean over four mirrorings, in four times the time")
-    add("--tile", type=int, help="largest side of a tile, a multiple of 32 (default: the "
-        "checkpoint's)")
+    add("--tile", type=int, help="largest side of a tile, a multiple of 32 (default: as "
+        "infer.py takes)")
     add("--worst", type=int, default=3, metavar="N", help="how many images to draw (default: 3)")
     add("--out", default="evaluation", metavar="FOLDER", help="where to write (default: "
         "evaluation)")

@@ -67,7 +67,7 @@ def round_up(side):
 
 
 def pick_tile(device, halo=HALO, batch=None):
-    """The largest of TILES whose windows take at most half of the memory, else the smallest."""
+    """The largest of TILES of which a window takes at most half of the memory, else the smallest."""
     allowed = memory_of(device) / 2
     largest = TILES[-1]
     for tile in reversed(TILES):
@@ -78,13 +78,18 @@ def pick_tile(device, halo=HALO, batch=None):
 
 
 def tile_cores(height, width, tile):
-    """Cores (y0, x0, y1, x1) in scan order; the image's sides are rounded up to STRIDE."""
+    """Cores (y0, x0, y1, x1) in scan order: each side in equal parts of at most `tile`.
+
+    Parts and sides are rounded up to STRIDE, so the last part of a side may be smaller.
+    """
     bottom, right = round_up(height), round_up(width)
+    high = round_up(height / math.ceil(height / tile))
+    wide = round_up(width / math.ceil(width / tile))
     cores = []
-    for y0 in range(0, height, tile):
-        y1 = min(y0 + tile, bottom)
-        for x0 in range(0, width, tile):
-            x1 = min(x0 + tile, right)
+    for y0 in range(0, height, high):
+        y1 = min(y0 + high, bottom)
+        for x0 in range(0, width, wide):
+            x1 = min(x0 + wide, right)
             cores.append((y0, x0, y1, x1))
     return cores
 
@@ -99,17 +104,11 @@ def sides_of(model, tile=None, halo=None):
 
 
 def lay_tiles(model, picture, tile, halo, batch):
-    """Square cores of a picture: its longer side in parts of at most `tile`, rounded up to STRIDE.
-
-    Those at the right and lower edge may be smaller. Raises: ValueError for sizes that do not fit.
-    """
+    """The cores of a picture. Raises: ValueError for a grid that cannot be laid."""
     if tile is None:
         tile = pick_tile(next(model.parameters()).device, halo, batch)
     check_tiling(tile, halo, batch)
-    height, width = picture.shape[:2]
-    longest = max(height, width)
-    parts = math.ceil(longest / tile)
-    return tile_cores(height, width, round_up(longest / parts))
+    return tile_cores(*picture.shape[:2], tile)
 
 
 def read_window(image, y0, x0, y1, x1):
@@ -364,7 +363,7 @@ def parse_arguments(argv):
     option("--halo", type=int, help="margin around a tile, a multiple of 32 (default: the "
            f"checkpoint's, else {HALO})")
     option("--batch", type=int, help="tiles computed at once; more need more memory "
-           "(default: 2 megapixels)")
+           "(default: as many as make 2 megapixels)")
     option("--workers", type=int, help="processes that turn maps into nuclei while the network "
            "computes (default: with a GPU one per core, at most 8; else none)")
     option("--compile", action="store_true", help="use torch.compile: takes a minute "

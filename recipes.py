@@ -31,7 +31,7 @@ PRESETS = {
         "unknown": ["crchisto:miscellaneous"],  # it is not the miscellaneous of CoNSeP
         "val": ["train_5", "train_10", "train_15", "train_20", "train_25"],
         "rare": 0.5, "rare_shares": [0.3, 0.25, 0.15, 0.3], "steps": 1350,
-        "batch": 20, "crop": 320,  # as many pixels as 32 crops of 256²; see RESULTS.md
+        "batch": 20, "crop": 320,  # about the pixels of 32 crops of 256²; see RESULTS.md
         "licence": "non-commercial research"},
     "nuclei": NUCLEI,  # weights/nuclei.pt
     "nuclei20x": NUCLEI | {"mpp": 0.5, "crop": 192, "steps": 520},  # weights/nuclei20x.pt
@@ -199,8 +199,6 @@ def parse_options(argv=None):
         preset = {name: value for name, value in preset.items() if name not in OF_THE_SETS}
     options = argparse.Namespace(**defaults | preset | given)
     options.given = sorted(given)
-    if not options.val_images and "calibrate" not in given:
-        options.calibrate = False  # a preset's calibration needs images
     if "out" not in given:
         options.out = time.strftime(options.out)
     return options
@@ -224,7 +222,7 @@ def check_options(options):
                          "for batch normalisation; raise either")
     if options.combine == "sum" and options.scale != 1:
         raise ValueError("--combine sum needs --scale 1: peaks that add up cannot be zoomed")
-    if options.calibrate and not options.val_images:
+    if "calibrate" in options.given and not options.val_images:
         raise ValueError("--calibrate needs --val-images of at least 1")
 
     # one number a set, or one resolution for all

@@ -348,8 +348,8 @@ def class_doubts(class_names, counts):
     most, total = max(counts), sum(counts)
     if len(counts) == 1 or total < 100 or most < 0.95 * total:
         return []
-    return [f"nearly all nuclei are called {class_names[counts.index(most)]}: doubt the classes on "
-            "tissue unlike the training data, see the checkpoint's card"]
+    return [f"nearly all nuclei are called {class_names[counts.index(most)]}: doubt the classes if "
+            "the tissue is unlike the training data"]
 
 
 def closing_lines(new, old, failed, config, seconds, out):

@@ -461,6 +461,9 @@ def calibrate_best(run):
     path = run.out / "best.pt"
     saved = read_checkpoint(path)
     model = load_model(path, run.place.device)
+    if earlier := saved.get("calibration"):  # take it back
+        with torch.no_grad():
+            model.segmentation_head.bias[0] += max(earlier, key=earlier.get)
     sets = [(labelled.source, labelled.val) for labelled in run.sets]
     quality = calibrate(model, sets, run.options.val_images, run.place.precision)
     extra = {name: saved[name] for name in ("epoch", "records", "split", "options")}
@@ -636,7 +639,7 @@ def train(options):
             dist.barrier()
     if place.world > 1:
         dist.destroy_process_group()
-    if place.rank == 0 and options.calibrate:
+    if place.rank == 0 and options.calibrate and options.val_images:
         calibrate_best(run)
     print(f"the run is in {out}")
 

@@ -32,19 +32,21 @@ def tissue():
     return synthetic_tissue(3)
 
 
-def write_tiles(folder, seeds, side=96):
-    """A plain folder of tiles t0, t1, ... of synthetic tissue, `side` pixels wide, with classes."""
+def write_tiles(folder, seeds, types=True):
+    """A plain folder of 96² tiles t0, t1, ... of synthetic tissue, with or without classes."""
     from data import CONSEP_CLASSES, nucleus_classes, synthetic_tissue
 
     for name in ("images", "labels", "types"):
         (folder / name).mkdir(parents=True)
-    (folder / "classes.json").write_text(json.dumps(CONSEP_CLASSES))
+    if types:
+        (folder / "classes.json").write_text(json.dumps(CONSEP_CLASSES))
     for i, seed in enumerate(seeds):
-        image, inst_map, type_map = synthetic_tissue(seed, side)
+        image, inst_map, type_map = synthetic_tissue(seed, 96)
         Image.fromarray(image).save(folder / "images" / f"t{i}.png")
         Image.fromarray(inst_map.astype(np.uint16)).save(folder / "labels" / f"t{i}.png")
-        types = {}
+        names = {}
         for number, k in enumerate(nucleus_classes(inst_map, type_map), 1):
-            types[number] = CONSEP_CLASSES[k - 1]
-        (folder / "types" / f"t{i}.json").write_text(json.dumps(types))
+            names[number] = CONSEP_CLASSES[k - 1]
+        if types:
+            (folder / "types" / f"t{i}.json").write_text(json.dumps(names))
     return folder

@@ -152,24 +152,28 @@ def test_the_tile_follows_the_image_and_the_memory(monkeypatch):
     monkeypatch.setattr(infer, "memory_of", lambda device: 2**35)
     assert infer.pick_tile(cpu) == 2048
     assert infer.pick_tile(cpu, batch=8) == 1024  # eight windows of 2304 are too much
-    network = torch.nn.Linear(1, 1)
-    sides = {100: 128, 2048: 2048, 2049: 1056, 5824: 1952, 100_000: 2048}
-    for side, tile in sides.items():
-        picture = Picture([array_level(np.empty((50, side, 3), np.uint8))])
-        first = infer.lay_tiles(network, picture, None, 128, 1)[0]
-        assert first == (0, 0, 64, tile)
     monkeypatch.setattr(infer, "memory_of", lambda device: 2**20)
     assert infer.pick_tile(cpu) == 256
     assert runs.memory_of(cpu) > 2**28
 
 
-@pytest.mark.parametrize("side, given, used", [(270, 256, 160), (512, 256, 256), (1000, 256, 256)])
-def test_tiles_are_equal_parts(side, given, used):
-    network = torch.nn.Linear(1, 1)
-    picture = Picture([array_level(np.empty((side, side, 3), np.uint8))])
-    cores = infer.lay_tiles(network, picture, given, 32, 1)
-    assert len(cores) == math.ceil(side / given) ** 2
-    assert {y1 - y0 for y0, _, y1, _ in cores} <= {used, infer.round_up(side) - used}
+@pytest.mark.parametrize("shape, tile, part", [
+    ((270, 270), 256, (160, 160)), ((512, 512), 256, (256, 256)), ((1000, 260), 256, (256, 160)),
+    ((50, 2049), 2048, (64, 1056)), ((5824, 100), 2048, (1952, 128))])
+def test_tiles_are_equal_parts(shape, tile, part):
+    cores = infer.tile_cores(*shape, tile)
+    assert cores[0] == (0, 0, *part)
+    assert len(cores) == math.ceil(shape[0] / tile) * math.ceil(shape[1] / tile)
+    covered = sum((y1 - y0) * (x1 - x0) for y0, x0, y1, x1 in cores)
+    assert covered == infer.round_up(shape[0]) * infer.round_up(shape[1])
+
+
+def test_batches_fill_two_megapixels():
+    cores = infer.tile_cores(1024, 1280, 256) + infer.tile_cores(128, 128, 128)
+    assert [len(batch) for batch in infer.batches_of(cores, 32)] == [20, 1]  # windows of 320²
+    assert [len(batch) for batch in infer.batches_of(cores, 128)] == [8, 8, 4, 1]  # of 512²
+    assert [len(batch) for batch in infer.batches_of(cores, 32, 9)] == [9, 9, 2, 1]
+    assert [len(batch) for batch in infer.batches_of(cores, 2048)] == [1] * 21
 
 
 @pytest.fixture(scope="module")

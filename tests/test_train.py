@@ -3,16 +3,18 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiles
 from PIL import Image
 
 import train as script
-from data import CONSEP_CLASSES, Source, open_source, synthetic_tissue
+from data import CONSEP_CLASSES, Source, open_source
 from dualunet import DualUNet, dual_loss, load_model, read_checkpoint, save_checkpoint
 from evaluate import OFFSETS
 from recipes import PRESETS, make_parser
@@ -25,29 +27,10 @@ TINY = SMALL + ("--epochs 2 --steps 2 --batch 2 --crop 64 --workers 0 --val-imag
                 "--class-weights none --precision fp32 --device cpu").split()
 
 
-def write_folder(root, count=5, size=96, types=True):
-    """A plain folder of synthetic tiles t0, t1, ..."""
-    for name in ("images", "labels", "types"):
-        (root / name).mkdir(parents=True)
-    if types:
-        (root / "classes.json").write_text(json.dumps(CONSEP_CLASSES))
-    for i in range(count):
-        image, inst_map, type_map = synthetic_tissue(i + 30, size)
-        Image.fromarray(image).save(root / "images" / f"t{i}.png")
-        Image.fromarray(inst_map.astype(np.uint16)).save(root / "labels" / f"t{i}.png")
-        names = {}
-        for number in range(1, inst_map.max() + 1):
-            kind = type_map[inst_map == number][0]
-            names[number] = CONSEP_CLASSES[kind - 1]
-        if types:
-            (root / "types" / f"t{i}.json").write_text(json.dumps(names))
-    return root
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A plain folder of five 96² tiles of synthetic tissue; the fifth validates."""
-    return write_folder(tmp_path_factory.mktemp("data") / "tiles")
+    return write_tiles(tmp_path_factory.mktemp("data") / "tiles", range(30, 35))
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +338,7 @@ def test_a_run_leaves_checkpoints_log_and_pictures(run):
 
 
 def test_a_run_says_what_it_does(folder, tmp_path, capsys):
-    other = write_folder(tmp_path / "other", types=False)
+    other = write_tiles(tmp_path / "other", range(30, 35), types=False)
     call = ["--data", str(folder), str(other), "--share", "3", "1", "--seed", "2", *TINY,
             "--epochs", "1", "--val-images", "0"]
     assert main([*call, "--out", str(tmp_path / "r")]) == 0
@@ -455,6 +438,30 @@ def test_epochs_extend_a_run_and_calibrate_may_follow(cut, capsys):
     assert torch.allclose(lowered, torch.tensor([best, 0, 0, 0, 0]), atol=1e-6)
 
 
+def test_a_second_calibration_replaces_the_first(run, tmp_path, monkeypatch):
+    def lower(model, *_):
+        with torch.no_grad():
+            model.segmentation_head.bias[0] -= 0.4
+        return {0.0: 0.5, 0.4: 0.6}
+
+    monkeypatch.setattr(script, "calibrate", lower)
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = read_checkpoint(copy / "best.pt")["model"]["segmentation_head.bias"]
+    for _ in range(2):
+        assert main(["--resume", str(copy), "--calibrate"]) == 0
+        after = read_checkpoint(copy / "best.pt")["model"]["segmentation_head.bias"]
+        assert (before - after).tolist() == pytest.approx([0.4, 0, 0, 0, 0], abs=1e-6)
+
+
+def test_without_validation_images_a_preset_is_not_calibrated(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "calibrate", None)
+    copy = shutil.copytree(run, tmp_path / "copy")
+    saved = torch.load(copy / "last.pt")
+    torch.save(saved | {"options": saved["options"] | {"calibrate": True}}, copy / "last.pt")
+    assert main(["--resume", str(copy), "--epochs", "3", "--val-images", "0"]) == 0
+    assert len((copy / "log.jsonl").read_text().splitlines()) == 3
+
+
 def test_options_beside_resume_are_refused(run, tmp_path, capsys):
     for arguments, name in ((["--batch", "4"], "--batch"), (["--one-class"], "--one-class"),
                             (["--out", "x"], "--out"), (["--preset", "consep"], "--preset"),
@@ -542,7 +549,7 @@ def test_init_keeps_all_but_the_rows_of_other_classes(run, tmp_path, capsys):
 
 
 def test_labels_without_any_nucleus_are_refused(tmp_path, capsys):
-    empty = write_folder(tmp_path / "empty", types=False)
+    empty = write_tiles(tmp_path / "empty", range(30, 35), types=False)
     for path in (empty / "labels").iterdir():
         Image.new("L", (96, 96)).save(path)
     error = fails(capsys, "--data", str(empty), "--out", str(tmp_path / "r"), *TINY)
@@ -551,7 +558,7 @@ def test_labels_without_any_nucleus_are_refused(tmp_path, capsys):
 
 
 def test_partial_classes_and_another_resolution_go_the_whole_way(folder, tmp_path, capsys):
-    partial = write_folder(tmp_path / "partial")
+    partial = write_tiles(tmp_path / "partial", range(30, 35))
     for path in (partial / "types").iterdir():
         types = json.loads(path.read_text())
         path.write_text(json.dumps(dict(list(types.items())[::2])))
