@@ -67,7 +67,7 @@ def round_up(side):
 
 
 def pick_tile(device, halo=HALO, batch=None):
-    """The largest of TILES of which a window takes at most half of the memory, else the smallest."""
+    """The largest of TILES of which one window takes at most half of the memory, or the last."""
     allowed = memory_of(device) / 2
     largest = TILES[-1]
     for tile in reversed(TILES):
