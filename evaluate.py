@@ -85,6 +85,12 @@ def figures_of(source, indices, class_names, find):
             "dice": summary["image_mean"]["dice"], "pq": summary["image_mean"]["pq"]}
 
 
+def mean_of_defined(figures):
+    """The mean of the figures that are not nan; 0 if there is none."""
+    defined = [figure for figure in figures if not math.isnan(figure)]
+    return sum(defined) / max(len(defined), 1)
+
+
 # ---------------------------------------------------------------- calibration
 
 
@@ -106,8 +112,7 @@ def calibrate(model, sets, val_images, dtype=None):
             find = finder(network, source)
             indices = spread(indices, val_images)
             figures.append(figures_of(source, indices, ["nucleus"], find)["pq"])
-        known = [pq for pq in figures if not math.isnan(pq)]
-        quality[offset] = sum(known) / max(len(known), 1)
+        quality[offset] = mean_of_defined(figures)
 
     # keep the best
     with torch.no_grad():

@@ -67,14 +67,13 @@ def round_up(side):
 
 
 def pick_tile(device, halo=HALO, batch=None):
-    """The largest of TILES of which one window takes at most half of the memory, or the last."""
+    """The first of TILES of which `batch` windows (None: one) take at most half of the memory."""
     allowed = memory_of(device) / 2
-    largest = TILES[-1]
-    for tile in reversed(TILES):
+    for tile in TILES:
         pixels = (batch or 1) * (tile + 2 * halo) ** 2
         if pixels * WINDOW_BYTES <= allowed:
-            largest = tile
-    return largest
+            return tile
+    return TILES[-1]
 
 
 def tile_cores(height, width, tile):
@@ -290,7 +289,7 @@ def predict(model, image, *, mpp=None, tile=None, halo=None, batch=None, dtype=N
     network sees a resampled image; the nuclei are still in the image's own pixels.
     tile, halo: largest side of a tile's core and width of the margin around it, multiples of 32
     (None: as the model's file says, else see `pick_tile` and HALO).
-    batch: number of tiles that the network takes at once (None: two megapixels of windows).
+    batch: number of tiles that the network takes at once (None: as many as make two megapixels).
     dtype: None, or a half precision for autocast. flips: the mean over four mirrorings of every
     tile, more accurate in four times the time. pool: an executor that reconstructs while the GPU
     computes. progress: called with the number of finished tiles and of all tiles. options: those

@@ -31,7 +31,7 @@ PRESETS = {
         "unknown": ["crchisto:miscellaneous"],  # it is not the miscellaneous of CoNSeP
         "val": ["train_5", "train_10", "train_15", "train_20", "train_25"],
         "rare": 0.5, "rare_shares": [0.3, 0.25, 0.15, 0.3], "steps": 1350,
-        "batch": 20, "crop": 320,  # about the pixels of 32 crops of 256²; see RESULTS.md
+        "batch": 20, "crop": 320,  # nearly as many pixels as 32 crops of 256²
         "licence": "non-commercial research"},
     "nuclei": NUCLEI,  # weights/nuclei.pt
     "nuclei20x": NUCLEI | {"mpp": 0.5, "crop": 192, "steps": 520},  # weights/nuclei20x.pt
@@ -81,12 +81,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return text.replace("%Y%m%d-%H%M%S", "DATE-TIME")  # % has a meaning for argparse
 
 
-def make_parser():
-    """The command line, in groups, the everyday options first."""
-    parser = argparse.ArgumentParser(description=USAGE, formatter_class=Formatter)
-    parser.add_argument("--preset", choices=PRESETS, help="recipe of a shipped file or the paper; "
-                        "your own options override it, and --data replaces its sets")
-
+def add_data(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default=["synthetic"], nargs="+", metavar="PATH", help="folders of data sets; "
         "beside sets with classes, a set without them teaches only outlines")
@@ -107,6 +102,8 @@ def make_parser():
     add("--data-mpp", nargs="+", type=float, metavar="MPP", help="µm per pixel of the images, one "
         "number or one for each set; without it as the files state, else 0.25")
 
+
+def add_model(parser):
     add = parser.add_argument_group("model").add_argument
     add("--encoder", default="efficientnet_lite2", help="name of the encoder; the paper has "
         "resnext50_32x4d")
@@ -120,6 +117,8 @@ def make_parser():
         "start at random")
     add("--resume", metavar="FOLDER", help="continue the run in this folder; --epochs extends it")
 
+
+def add_optimisation(parser):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=8, help="number of epochs; the network is validated "
         "and saved after each")
@@ -149,6 +148,8 @@ def make_parser():
         "outlines of the validation images are best")
     add("--seed", type=int, default=0, help="seed of random weights, crops and synthetic tissue")
 
+
+def add_augmentation(parser):
     add = parser.add_argument_group("augmentation").add_argument
     add("--scale", type=float, default=1.3, help="largest zoom in or out; 1: none")
     add("--aspect", type=float, default=1.08, help="largest stretch; 1: none")
@@ -164,6 +165,8 @@ def make_parser():
     add("--rare-shares", nargs="+", type=float, metavar="S", help="how often each class is drawn; "
         "without it, all equally often")
 
+
+def add_machine(parser):
     add = parser.add_argument_group("output and machine").add_argument
     add("--out", default="runs/%Y%m%d-%H%M%S", metavar="FOLDER", help="folder of the run")
     add("--licence", default="that of the training data", help="licence of the weights, stored "
@@ -176,6 +179,18 @@ def make_parser():
         "processor has it")
     add("--compile", action="store_true", help="use torch.compile: the first step is slow, the "
         "others are faster")
+
+
+def make_parser():
+    """The command line, in groups, the everyday options first."""
+    parser = argparse.ArgumentParser(description=USAGE, formatter_class=Formatter)
+    parser.add_argument("--preset", choices=PRESETS, help="recipe of a shipped file or the paper; "
+                        "your own options override it, and --data replaces its sets")
+    add_data(parser)
+    add_model(parser)
+    add_optimisation(parser)
+    add_augmentation(parser)
+    add_machine(parser)
     return parser
 
 

@@ -30,7 +30,8 @@ from crops import Crops
 from data import PANNUKE_SPLITS, Source, open_source
 from dualunet import (DualUNet, class_colors, dual_loss, load_model, read_checkpoint,
                       save_checkpoint)
-from evaluate import calibrate, draw_images, figures_of, finder, spread, without_nan
+from evaluate import (calibrate, draw_images, figures_of, finder, mean_of_defined, spread,
+                      without_nan)
 from outputs import draw_curves
 from recipes import RESUMABLE, check_options, parse_options
 from runs import (explain, keep_memory, pick_device, pick_precision, plural, say,
@@ -445,9 +446,7 @@ def validate(run):
         find = finder(network, labelled.source)
         figures = figures_of(labelled.source, indices, class_names, find)
         record[labelled.name] = figures
-        counted = [figures[name] for name in ("detection_f1", "class_f1", "pq")]
-        counted = [value for value in counted if not math.isnan(value)]
-        scores.append(sum(counted) / max(len(counted), 1))
+        scores.append(mean_of_defined(figures[name] for name in ("detection_f1", "class_f1", "pq")))
 
     # three images of the first set
     first = run.sets[0].source
@@ -569,7 +568,7 @@ def train_epoch(run, network, epoch):
     loader = make_loader(run, epoch)
     sums = torch.zeros(4, device=device)
     run.model.train()
-    torch.backends.cudnn.benchmark = True  # all crops have one size, the windows later have many
+    torch.backends.cudnn.benchmark = True  # all crops have one size, unlike validation's windows
     for step, (images, type_map, density) in enumerate(loader):
         # rate
         done = epoch * run.steps + step
